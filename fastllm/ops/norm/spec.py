@@ -153,6 +153,13 @@ def require_float(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a floating point tensor, found {describe(value)}")
 
 
+def require_floats(**named: Any) -> None:
+    """require_float for several arguments, None let through."""
+    for name, value in named.items():
+        if value is not None:
+            require_float(name, value)
+
+
 def _check_residual(input: Tensor, residual: Tensor) -> None:
     if residual.shape != input.shape or residual.device != input.device:
         require_float("residual", residual)
