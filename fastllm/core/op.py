@@ -87,7 +87,7 @@ class Op:
         self.results = max(self.gradients.values()) + 1 if self.gradients else 0
         self._runnable: list[Backend] | None = None
         self.fastest = next((b for b in found.values() if b.fast is not None), None)
-        self.fast = self.fastest and self.fastest.fast
+        self.fast = None if self.fastest is None else self.fastest.fast
         self.with_grad = _differentiable(self)
         self.packet: Any = None
         if self.name in OPS:
@@ -148,9 +148,9 @@ class Op:
         """The call as plain torch code, which functorch and forward-mode AD can transform."""
         self.check(*args)
         name = choice.name if backend is None else check_name(backend)
-        for run in (self.backends.get("torch"), self.backends["reference"]):
-            wanted = run is not None and name in (None, run.name)
-            if wanted and run.supports(*args) is None:
+        for run in self.backends.values():
+            allowed = run.name in ("torch", "reference") and name in (None, run.name)
+            if allowed and run.supports(*args) is None:
                 return run.forward(*args)
         raise UnsupportedError(
             f"fastllm.{self.name}: backend {name or 'auto'!r} cannot run under a functorch "

@@ -67,7 +67,7 @@ def as_shape(normalized_shape: Any) -> Shape:
 
 def default_eps(input: Tensor) -> float:
     """torch's default for rms_norm: machine epsilon of the dtype that is computed in."""
-    return _EPS.get(getattr(input, "dtype", None), 1.1920928955078125e-07)
+    return _EPS.get(getattr(input, "dtype", torch.float32), 1.1920928955078125e-07)
 
 
 _EPS = {torch.float64: 2.220446049250313e-16}

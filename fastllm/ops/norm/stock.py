@@ -81,18 +81,6 @@ def _offset(weight: Tensor | None, offset: float) -> Tensor | None:
     return weight if weight is None or offset == 0.0 else weight + offset
 
 
-def _layer_norm_refused(
-    x: Tensor, shape: Shape, w: Tensor | None, b: Tensor | None, *_: Any
-) -> str | None:
-    return refused(x, x.dtype, w, b)
-
-
-def _add_layer_norm_refused(
-    x: Tensor, r: Tensor, shape: Shape, w: Tensor | None, b: Tensor | None, *_: Any
-) -> str | None:
-    return refused(x, torch.result_type(x, r), w, b)
-
-
 def _rms(x: Tensor, shape: Shape, w: Tensor | None, *_: Any) -> None:
     require_floats(input=x, weight=w)
 
