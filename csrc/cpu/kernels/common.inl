@@ -49,7 +49,8 @@ INLINE void sweep(i64 n, const F& step) {
   if (i < n) step(First{int(n - i)}, i, 1);
 }
 
-INLINE float total(const Vec (&acc)[4]) { return hsum((acc[0] + acc[1]) + (acc[2] + acc[3])); }
+INLINE Vec merged(const Vec (&acc)[4]) { return (acc[0] + acc[1]) + (acc[2] + acc[3]); }
+INLINE float total(const Vec (&acc)[4]) { return hsum(merged(acc)); }
 
 // Asks for the cache line `ahead` elements on, once a line. Only a hint: any address is safe.
 template <class T>
@@ -99,15 +100,21 @@ struct Merge {
 
   // A block of `size` elements: the sums of (x - guess) and (x - guess)^2. The guess is the block's
   // mean but for rounding.
-  INLINE_MEMBER void add(float guess, float dev, float sq, i64 size) {
-    const double n = double(size), off = double(dev) / n, all = count + n;
-    const double here = double(guess) + off, here_m2 = double(sq) - off * off * n;
-    const double delta = here - mean;
-    mean = count == 0 ? here : mean + delta * (n / all);
-    m2 += count == 0 ? here_m2 : here_m2 + delta * delta * (count * n / all);
-    count = all;
+  INLINE_MEMBER void add(float guess, float dev, float sq, i64 size, double inverse_size) {
+    const double n = double(size), off = double(dev) * inverse_size;
+    const double here = double(guess) + off, here_m2 = double(sq) - off * double(dev);
+    if (count == 0) {
+      mean = here;
+      m2 = here_m2;
+    } else {
+      const double share = n / (count + n), delta = here - mean;
+      mean += delta * share;
+      m2 += here_m2 + delta * delta * count * share;
+    }
+    count += n;
   }
-  INLINE_MEMBER double variance() const { return m2 > 0 || m2 != m2 ? m2 / count : 0.0; }
+  // 1 / count is the caller's: it knows it for all rows
+  INLINE_MEMBER double variance(double inverse) const { return m2 < 0 ? 0.0 : m2 * inverse; }
 };
 
 template <bool Add, class T>
@@ -122,11 +129,12 @@ INLINE float block_sum(const T* x, const T* r, i64 n) {
 // blocks: exact even where the mean is far larger than the deviation, and one read of memory
 // however long the row.
 template <bool Add, class T>
-APART Moments moments(const T* x, const T* r, i64 n) {
-  Merge merged;
+APART Moments moments(const T* x, const T* r, i64 n, double inverse) {
+  Merge blocks;
   for (i64 at = 0; at < n; at += kBlock) {
     const i64 size = least(kBlock, n - at);
-    const float guess = block_sum<Add>(x + at, Add ? r + at : r, size) / float(size);
+    const double inverse_size = size == n ? inverse : 1.0 / double(size);
+    const float guess = block_sum<Add>(x + at, Add ? r + at : r, size) * float(inverse_size);
     const Vec shift = set1(guess);
     Vec dev[4] = {zero(), zero(), zero(), zero()}, sq[4] = {zero(), zero(), zero(), zero()};
     sweep(size, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
@@ -134,9 +142,9 @@ APART Moments moments(const T* x, const T* r, i64 n) {
       dev[k] = dev[k] + d;
       sq[k] = fma(d, d, sq[k]);
     });
-    merged.add(guess, total(dev), total(sq), size);
+    blocks.add(guess, total(dev), total(sq), size, inverse_size);
   }
-  return {merged.mean, merged.variance()};
+  return {blocks.mean, blocks.variance(inverse)};
 }
 
 // weight + offset (or `missing` where there is none) as n floats: the caller's own memory when that

@@ -13,7 +13,7 @@ INLINE void spread(const float* per_channel, i64 channels, i64 spatial, float* o
 template <bool Stream, class T>
 APART void group_row(const T* x, const float* w, const float* b, T* y, i64 channels, i64 spatial,
                      float eps) {
-  const Moments m = moments<false>(x, x, channels * spatial);
+  const Moments m = moments<false>(x, x, channels * spatial, 1.0 / double(channels * spatial));
   const float mean = float(m.mean), scale = 1.0f / __builtin_sqrtf(float(m.variance) + eps);
   const float left = float(mean - m.mean) * scale;
   const Vec means = set1(mean);
@@ -32,6 +32,7 @@ APART void group_row(const T* x, const float* w, const float* b, T* y, i64 chann
 void group_norm_fwd(const GroupForward& a) {
   const i64 channels = a.channels / a.groups, size = channels * a.spatial,
             rows = a.batch * a.groups;
+  const double inverse = 1.0 / double(size);
   if (rows == 0 || size == 0) return;
   const bool small = a.spatial < kSpread;
   const i64 spread_size = small ? a.channels * a.spatial : 0;
@@ -59,8 +60,10 @@ void group_norm_fwd(const GroupForward& a) {
         T* y = (T*)a.output + row * size;
         const i64 at = row % a.groups * (small ? size : channels);
         if (small)
-          stream ? norm_row<true, false, true>(x, x, w + at, b + at, y, y, size, float(a.eps))
-                 : norm_row<true, false, false>(x, x, w + at, b + at, y, y, size, float(a.eps));
+          stream
+              ? norm_row<true, false, true>(x, x, w + at, b + at, y, y, size, inverse, float(a.eps))
+              : norm_row<true, false, false>(x, x, w + at, b + at, y, y, size, inverse,
+                                             float(a.eps));
         else
           stream ? group_row<true>(x, w + at, b + at, y, channels, a.spatial, float(a.eps))
                  : group_row<false>(x, w + at, b + at, y, channels, a.spatial, float(a.eps));
@@ -75,7 +78,7 @@ template <bool Stream, class T>
 APART void group_backward_row(const T* dy, const T* x, const float* w, T* dx, float* dw, float* db,
                               i64 channels, i64 spatial, double eps) {
   const i64 size = channels * spatial;
-  const Moments m = moments<false>(x, x, size);
+  const Moments m = moments<false>(x, x, size, 1.0 / double(size));
   const float mean = float(m.mean);
   const double rstd = 1.0 / __builtin_sqrt(m.variance + eps), left = (mean - m.mean) * rstd;
   const Vec means = set1(mean);
@@ -130,6 +133,7 @@ inline void fold(const float* from, i64 channels, i64 spatial, int dtype, void* 
 
 void group_norm_bwd(const GroupBackward& a) {
   const i64 channels = a.channels / a.groups, size = channels * a.spatial;
+  const double inverse = 1.0 / double(size);
   const bool params = a.grad_weight || a.grad_bias, small = a.spatial < kSpread;
   if (a.channels == 0) return;
   // A task owns one group of a share of the samples; the shares depend on the shape alone.
@@ -168,10 +172,10 @@ void group_norm_bwd(const GroupBackward& a) {
                  : group_backward_row<false>(dy, x, weight, dx, dw, db, channels, a.spatial, a.eps);
         else if (size && params)
           norm_backward_row<true, true, false>(dy, (const T*)nullptr, x, weight, dx, dw, db, size,
-                                               a.eps);
+                                               inverse, a.eps);
         else if (size)
           norm_backward_row<true, false, false>(dy, (const T*)nullptr, x, weight, dx, dw, db, size,
-                                                a.eps);
+                                                inverse, a.eps);
       }
       if (stream) stream_fence();
     });

@@ -18,15 +18,15 @@ INLINE i64 rows_per_task(i64 rows, i64 bytes, int threads) {
 
 template <bool Center, bool Add, bool Stream, class T>
 APART void norm_row(const T* x, const T* r, const float* w, const float* b, T* y, T* h, i64 n,
-                    float eps) {
+                    double inverse, float eps) {
   float scale, mean = 0, left = 0;
   if (Center) {
-    const Moments m = moments<Add>(x, r, n);
+    const Moments m = moments<Add>(x, r, n, inverse);
     mean = float(m.mean);
     scale = 1.0f / __builtin_sqrtf(float(m.variance) + eps);
     left = float(mean - m.mean) * scale;
   } else {
-    scale = 1.0f / __builtin_sqrtf(float(sum_squares<Add>(x, r, n) / double(n)) + eps);
+    scale = 1.0f / __builtin_sqrtf(float(sum_squares<Add>(x, r, n) * inverse) + eps);
   }
   const Vec scales = set1(scale), means = set1(mean), lefts = set1(left);
   const i64 ahead = reach<T>(n);
@@ -45,11 +45,12 @@ APART void norm_row(const T* x, const T* r, const float* w, const float* b, T* y
 template <bool Center, bool Add, bool Stream, class T>
 inline void norm_rows(const NormForward& a, const float* w, const float* b, i64 from, i64 to) {
   const i64 n = a.cols;
+  const double inverse = 1.0 / double(n);
   for (i64 row = from; row < to; ++row) {
     const i64 at = row * n;
     norm_row<Center, Add, Stream>((const T*)a.input + at, Add ? (const T*)a.residual + at : nullptr,
                                   w, b, (T*)a.output + at, Add ? (T*)a.new_residual + at : nullptr,
-                                  n, float(a.eps));
+                                  n, inverse, float(a.eps));
   }
   if (Stream) stream_fence();
 }
@@ -88,12 +89,13 @@ struct GradientSums {
 
 // As moments(), with the sums that backward needs taken in the second pass.
 template <bool Center, class T>
-APART GradientSums gradient_sums(const T* x, const T* dy, const float* w, i64 n) {
-  Merge merged;
+INLINE GradientSums gradient_sums(const T* x, const T* dy, const float* w, i64 n, double inverse) {
+  Merge blocks;
   double squares = 0, sum_g = 0, sum_gx = 0, sum_shifted = 0;
   for (i64 at = 0; at < n; at += kBlock) {
     const i64 size = least(kBlock, n - at);
-    const float guess = Center ? block_sum<false>(x + at, x, size) / float(size) : 0.0f;
+    const double inverse_size = size == n ? inverse : 1.0 / double(size);
+    const float guess = Center ? block_sum<false>(x + at, x, size) * float(inverse_size) : 0.0f;
     const Vec shift = set1(guess);
     Vec dev[4] = {zero(), zero(), zero(), zero()}, sq[4] = {zero(), zero(), zero(), zero()};
     Vec gs[4] = {zero(), zero(), zero(), zero()}, gx[4] = {zero(), zero(), zero(), zero()};
@@ -108,18 +110,20 @@ APART GradientSums gradient_sums(const T* x, const T* dy, const float* w, i64 n)
       sq[k] = fma(v, v, sq[k]);
       gx[k] = fma(g, v, gx[k]);
     });
-    sum_gx += total(gx);
+    float sums[4];
+    hsum4({merged(sq), merged(gx), merged(dev), merged(gs)}, sums);
+    sum_gx += sums[1];
     if (Center) {
-      const double here = total(gs);
-      sum_g += here;
-      sum_shifted += double(guess) * here;
-      merged.add(guess, total(dev), total(sq), size);
+      sum_g += sums[3];
+      sum_shifted += double(guess) * sums[3];
+      blocks.add(guess, sums[2], sums[0], size, inverse_size);
     } else {
-      squares += total(sq);
+      squares += sums[0];
     }
   }
-  if (!Center) return {0.0, squares / double(n), 0.0, sum_gx};
-  return {merged.mean, merged.variance(), sum_g, sum_gx + (sum_shifted - merged.mean * sum_g)};
+  if (!Center) return {0.0, squares * inverse, 0.0, sum_gx};
+  return {blocks.mean, blocks.variance(inverse), sum_g,
+          sum_gx + (sum_shifted - blocks.mean * sum_g)};
 }
 
 // With g = dy * w and z = (x - mean) * rstd, dx = rstd * (g - mean(g) - z * mean(g * z)); RMSNorm
@@ -127,9 +131,8 @@ APART GradientSums gradient_sums(const T* x, const T* dy, const float* w, i64 n)
 // the task that owns the rows.
 template <bool Center, bool Params, bool Stream, class T>
 APART void norm_backward_row(const T* dy, const T* dh, const T* x, const float* w, T* dx, float* dw,
-                             float* db, i64 n, double eps) {
-  const GradientSums sums = gradient_sums<Center>(x, dy, w, n);
-  const double inverse = 1.0 / double(n);
+                             float* db, i64 n, double inverse, double eps) {
+  const GradientSums sums = gradient_sums<Center>(x, dy, w, n, inverse);
   const double rstd = 1.0 / __builtin_sqrt(sums.variance + eps);
   const float mean = float(sums.mean);
   const double left = (double(mean) - sums.mean) * rstd;
@@ -165,12 +168,13 @@ template <bool Center, bool Params, bool Stream, class T>
 inline void norm_backward_rows(const NormBackward& a, const float* w, float* dw, float* db,
                                i64 from, i64 to) {
   const i64 n = a.cols;
+  const double inverse = 1.0 / double(n);
   for (i64 row = from; row < to; ++row) {
     const i64 at = row * n;
     norm_backward_row<Center, Params, Stream>(
         (const T*)a.grad_output + at,
         a.grad_new_residual ? (const T*)a.grad_new_residual + at : nullptr, (const T*)a.input + at,
-        w, a.grad_input ? (T*)a.grad_input + at : nullptr, dw, db, n, a.eps);
+        w, a.grad_input ? (T*)a.grad_input + at : nullptr, dw, db, n, inverse, a.eps);
   }
   if (Stream) stream_fence();
 }

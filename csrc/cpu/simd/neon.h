@@ -16,6 +16,10 @@ INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 INLINE Vec fma_once(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 INLINE float hsum(Vec a) { return vaddvq_f32(a.v); }
 
+INLINE void hsum4(const Vec (&a)[4], float (&out)[4]) {
+  for (int i = 0; i < 4; ++i) out[i] = hsum(a[i]);
+}
+
 // bf16 is the upper half of a float: rounding half to even adds 0x7fff plus the last kept bit; NaN
 // stays a quiet NaN.
 INLINE uint32x4_t round_bf16(float32x4_t v) {

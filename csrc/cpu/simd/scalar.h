@@ -26,6 +26,10 @@ INLINE Vec fma_once(Vec a, Vec b, Vec c) {
 }
 INLINE float hsum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
 
+INLINE void hsum4(const Vec (&a)[4], float (&out)[4]) {
+  for (int i = 0; i < 4; ++i) out[i] = hsum(a[i]);
+}
+
 // bf16 is the upper half of a float: rounding half to even adds 0x7fff plus the last kept bit; NaN
 // stays a quiet NaN.
 INLINE u32x4 round_bf16(f32x4 v) {
