@@ -25,7 +25,7 @@ YARDSTICK = "torch"  # sets the budget: checking it against itself would prove n
 
 @dataclass
 class Result:
-    """What became of one op on one backend (and, for the CPU kernels, one instruction set level)."""
+    """What became of one op on one backend; for the CPU kernels, on one instruction set level."""
 
     op: str
     backend: str

@@ -1,6 +1,7 @@
 """`fastllm bench`: ours against stock, compiled and peers, in one run, losses included."""
 
 import argparse
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def _quick(op: Op, cases: Sequence[Case]) -> list[Case]:
     return chosen
 
 
+@functools.cache
 def _bytes(op: Op, case: Case) -> int:
     return op.cost(*case.args()).forward_bytes
 

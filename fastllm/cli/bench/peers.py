@@ -1,4 +1,4 @@
-"""Other projects' kernels for the same ops: one table, with the reason where one cannot be timed."""
+"""Other projects' kernels for the same ops: one table, with the reason where one is absent."""
 
 import importlib
 from collections.abc import Callable

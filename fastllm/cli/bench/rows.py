@@ -177,12 +177,12 @@ def _fill(row: Row, found: Measurement) -> Row:
 def measure_overhead(
     op: Op, case: Case, threads: int | None, settings: Settings
 ) -> dict[str, float | str]:
-    """Microseconds a call on a tiny input: the public function, the kernel's own, stock beside it."""
+    """Microseconds a call on a tiny input: the public function, the kernel alone, stock."""
     entry: dict[str, float | str] = {"op": op.name, "case": case.name}
     plain = Subject(op, case, settings.device, "forward")
     grad = Subject(op, case, settings.device, "forward+backward")
     direct = op.select(plain.args).forward
-    tracked = [a for a, _ in grad.inputs][0]
+    tracked = grad.args
     ours, ours_grad = bound(op, plain.args), bound(op, tracked)
     theirs = stock(op)
     calls = {
@@ -195,7 +195,7 @@ def measure_overhead(
     }
     found = interleave(
         {name: _constant(call) for name, call in calls.items()},
-        device="cpu",  # the host's clock: on a GPU as well, this is about what a call costs the host
+        device="cpu",  # the host's clock on a GPU, too: this is about what a call costs the host
         budget=settings.budget,
         threads=threads,
     )
