@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from fastllm.cli.options import parser
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser().parse_args(argv)
     except SystemExit as end:  # argparse has printed: help, the version or one line
         return end.code if isinstance(end.code, int) else 2
+    warnings.simplefilter("ignore")  # torch's, about dtypes that a test mixes on purpose
     try:
         # a command's imports are heavy: only the one that runs pays for them
         code = importlib.import_module(f"fastllm.cli.{args.command}").run(args)

@@ -26,7 +26,13 @@ def _console(stream) -> Console:
 
 def table(title: str, *columns: str, right: tuple[int, ...] = ()) -> Table:
     """An empty table in the house style; columns at the places `right` are right-aligned."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    made = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD if any(columns) else box.SIMPLE,
+        show_header=any(columns),
+    )
     for place, column in enumerate(columns):
         made.add_column(column, justify="right" if place in right else "left", overflow="fold")
     return made

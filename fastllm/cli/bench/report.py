@@ -13,8 +13,8 @@ _HEAD = ("case", "direction", "threads", "runs on", "µs", "vs eager", "vs compi
 _LEGEND = (
     "vs: how many times faster ours is, the median over interleaved rounds, with the quartiles "
     "where they are more than 5% apart. limit: share of the speed of a plain copy of as many bytes "
-    "into an existing tensor, in the same run. warm: too small to be rotated past the cache. **loses**: "
-    f"something is faster than ours by more than {TIE:.0%}."
+    "into an existing tensor, in the same run. warm: too small to be rotated past the cache. "
+    f"**loses**: something is faster than ours by more than {TIE:.0%}."
 )
 
 
