@@ -11,7 +11,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-import fastllm
+from fastllm import _C
 from fastllm.cli.app import CliError
 from fastllm.cli.console import output, progress, table
 from fastllm.core.backend import BACKENDS
@@ -119,7 +119,7 @@ def plan(op: Op, backend: str | None = None) -> Iterator[Job]:
             continue
         levels: Sequence[str | None] = [None]
         if name == "cpu" and op.backends[name].missing is None:
-            levels = fastllm._C.isa_levels()
+            levels = _C.isa_levels()
         for level in levels:
             yield Job(op, name, level)
 
@@ -157,12 +157,12 @@ def devices() -> list[str]:
 
 @contextmanager
 def _isa(level: str) -> Iterator[None]:
-    before = fastllm._C.isa()
-    fastllm._C.set_isa(level)
+    before = _C.isa()
+    _C.set_isa(level)
     try:
         yield
     finally:
-        fastllm._C.set_isa(before)
+        _C.set_isa(before)
 
 
 def _use(proof: Proof) -> float:

@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -101,8 +102,9 @@ def _settings() -> Table:
     return made
 
 
-def _number(key: str, value: object) -> str:
-    return _size(value) if isinstance(value, int) and "bytes" in key else str(value)
+def _number(key: str, value: Any) -> str:
+    sized = isinstance(value, int) and ("bytes" in key or key == "limit")
+    return _size(value) if sized else str(value)
 
 
 def _size(value: float) -> str:

@@ -83,7 +83,7 @@ def matmul_peak(
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         return lambda i: product(a, b)
 
-    products = {"mm": torch.mm}
+    products: dict[str, Callable] = {"mm": torch.mm}
     if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
         products["onednn"] = _onednn
     found = interleave(

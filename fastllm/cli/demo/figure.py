@@ -23,7 +23,7 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {
+    style: Any = {
         "font.size": 10,
         "text.color": _INK,
         "axes.edgecolor": _FAINT,
@@ -44,7 +44,8 @@ def draw(
     }
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(2, 3, figsize=(14, 7.6), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+        layout: Any = figure.get_layout_engine()
+        layout.set(w_pad=0.15, h_pad=0.15)
         figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
         _speed_bars(axes[0][0], "Encoder: sentences/s", encoder.speed, encoder.speedup)
         _quotients(axes[0][1], encoder.batch_speedups)
