@@ -8,10 +8,10 @@ from torch import Tensor
 from fastllm.core.backend import Backend
 from fastllm.core.dispatch import register
 from fastllm.core.op import Op
-from fastllm.ops.norm import reference, spec, stock
+from fastllm.ops.norm import cpu, reference, spec, stock
 from fastllm.ops.norm.cases import cases
 
-TABLES = (stock.BACKENDS,)
+TABLES = (cpu.BACKENDS, stock.BACKENDS)
 
 
 def _implementations(name: str) -> list[Backend]:

@@ -339,9 +339,13 @@ def _channels_last(input: Tensor) -> bool:
 
 
 BACKENDS = {
-    "rms_norm": Backend("cpu", rms_norm, rms_norm_backward, _rms),
-    "layer_norm": Backend("cpu", layer_norm, layer_norm_backward, _layer),
-    "add_rms_norm": Backend("cpu", add_rms_norm, add_rms_norm_backward, _add_rms),
-    "add_layer_norm": Backend("cpu", add_layer_norm, add_layer_norm_backward, _add_layer),
+    "rms_norm": Backend("cpu", rms_norm, rms_norm_backward, _rms, fast=_C.fast_rms_norm),
+    "layer_norm": Backend("cpu", layer_norm, layer_norm_backward, _layer, fast=_C.fast_layer_norm),
+    "add_rms_norm": Backend(
+        "cpu", add_rms_norm, add_rms_norm_backward, _add_rms, fast=_C.fast_add_rms_norm
+    ),
+    "add_layer_norm": Backend(
+        "cpu", add_layer_norm, add_layer_norm_backward, _add_layer, fast=_C.fast_add_layer_norm
+    ),
     "group_norm": Backend("cpu", group_norm, group_norm_backward, _group),
 }
