@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastllm.core.measure import Call, Factory, interleave, rotation
+from fastllm.core.measure import Call, Factory, copies, interleave, rotation
 
 _BIG = 256 << 20  # bytes: past every cache
 _SIDE = {"cpu": 2048, "cuda": 8192}
@@ -31,7 +31,7 @@ def copying(nbytes: int, device: str | torch.device = "cpu") -> Factory:
     sets = rotation(4 * size, device)
 
     def factory() -> Call:
-        sources = [torch.randn(size, device=device) for _ in range(sets)]
+        (sources,) = zip(*copies((torch.randn(size, device=device),), sets), strict=True)
         target = torch.empty_like(sources[0])
         return lambda i: target.copy_(sources[i % sets])
 
@@ -62,8 +62,8 @@ def read_bandwidth(
     sets = rotation(nbytes, device)
 
     def factory() -> Call:
-        sources = [torch.randn(nbytes // 4, device=device) for _ in range(sets)]
-        return lambda i: sources[i].sum()
+        sources = copies((torch.randn(nbytes // 4, device=device),), sets)
+        return lambda i: sources[i][0].sum()
 
     found = interleave({"sum": factory}, sets=sets, device=device, budget=budget, threads=threads)
     return nbytes / found.seconds("sum")

@@ -174,8 +174,7 @@ def _print_end(console: Console, found: dict[str, Any]) -> None:
         console.print(report.overhead_table(found["overhead"]))
     for name, reason in found["absent"].items():
         console.print(f"  {name} is absent: {reason}", style="dim", markup=False)
-    lost = report.losses(found["rows"])
-    console.print(f"{len(lost)} of {len(found['rows'])} rows lose (marked above)")
+    console.print(report.tally(found["rows"]))
 
 
 def _write(args: argparse.Namespace, device: str, found: dict[str, Any]) -> Iterable[Path]:

@@ -46,8 +46,7 @@ def markdown(run: dict[str, Any]) -> str:
         "",
     ]
     parts += [_LEGEND, "", *limits(run), ""]
-    lost = losses(run["rows"])
-    parts += [f"{len(lost)} of {len(run['rows'])} rows lose.", ""]
+    parts += [f"{tally(run['rows'])}.", ""]
     for op in dict.fromkeys(row["op"] for row in run["rows"]):
         rows = [row for row in run["rows"] if row["op"] == op]
         peers = peer_names(rows)
@@ -110,6 +109,13 @@ def peer_names(rows: Iterable[dict[str, Any]]) -> list[str]:
 def losses(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows in which something beats ours, and rows that are wrong."""
     return [row for row in rows if row["losses"] or row["wrong"]]
+
+
+def tally(rows: list[dict[str, Any]]) -> str:
+    """How many rows lose, in a sentence."""
+    wrong = sum(bool(row["wrong"]) for row in rows)
+    text = f"{len(losses(rows)) - wrong} of {len(rows)} rows lose to something"
+    return f"{text}; {wrong} are wrong and were not timed" if wrong else text
 
 
 def ratio(row: dict[str, Any], name: str) -> str:

@@ -135,7 +135,7 @@ def _row(
     if wrong:
         return row
     candidates = {
-        OURS: subject.candidate(op),
+        OURS: subject.ours(),
         EAGER: subject.candidate(stock(op)),
         COPY: copying(subject.nbytes, settings.device),
     }

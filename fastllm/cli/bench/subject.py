@@ -13,6 +13,8 @@ from fastllm.core.cases import Case
 from fastllm.core.measure import Call, Factory, copies, rotation, size_of
 from fastllm.core.op import Op
 
+Run = Callable[[], Any]  # one call, its arguments filled in
+
 DIRECTIONS = ("forward", "backward", "forward+backward")
 
 
@@ -58,12 +60,19 @@ class Subject:
 
     def candidate(self, function: Callable[..., Any]) -> Factory:
         """`function(*args)` in this subject's direction."""
+        return self._candidate(lambda args: functools.partial(function, *args))
+
+    def ours(self) -> Factory:
+        """fastllm's public function, as a user calls it."""
+        return self._candidate(lambda args: bound(self.op, args))
+
+    def _candidate(self, bind: Callable[[tuple], Run]) -> Factory:
         made = {
             "forward": self._forward,
             "backward": self._backward,
             "forward+backward": self._both,
         }[self.direction]
-        return functools.partial(made, function)
+        return lambda: made([bind(args) for args, _ in self.inputs])
 
     def compiled(self, function: Callable[..., Any]) -> Factory:
         """The same of `torch.compile(function)`, with all that is no tensor bound as a constant."""
@@ -83,23 +92,21 @@ class Subject:
 
         return factory
 
-    def _forward(self, function: Callable[..., Any]) -> Call:
-        inputs = [args for args, _ in self.inputs]
-        return lambda i: function(*inputs[i])
+    def _forward(self, runs: list[Run]) -> Call:
+        return lambda i: runs[i]()
 
-    def _both(self, function: Callable[..., Any]) -> Call:
-        inputs = [(args, [args[k] for k in self.leaves], up) for args, up in self.inputs]
+    def _both(self, runs: list[Run]) -> Call:
+        rest = [([args[k] for k in self.leaves], up) for args, up in self.inputs]
 
         def call(i: int) -> Any:
-            args, leaves, upstream = inputs[i]
-            return torch.autograd.grad(as_tuple(function(*args)), leaves, upstream)
+            return torch.autograd.grad(as_tuple(runs[i]()), *rest[i])
 
         return call
 
-    def _backward(self, function: Callable[..., Any]) -> Call:
+    def _backward(self, runs: list[Run]) -> Call:
         graphs = [
-            (as_tuple(function(*args)), [args[k] for k in self.leaves], up)
-            for args, up in self.inputs
+            (as_tuple(run()), [args[k] for k in self.leaves], up)
+            for run, (args, up) in zip(runs, self.inputs, strict=True)
         ]
         return lambda i: torch.autograd.grad(*graphs[i], retain_graph=True)
 
