@@ -5,6 +5,10 @@ import functools
 
 import torch
 
+# threads of a program at most, and of a warp (a wavefront on AMD GPUs)
+MAX_THREADS = 1024
+MAX_WARPS = MAX_THREADS // (64 if torch.version.hip else 32)
+
 _HERE = contextlib.nullcontext()
 
 

@@ -22,11 +22,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import multiprocessors, on
+from .device import MAX_WARPS, multiprocessors, on
 from .reduce import lane_counts, lane_moments, sum_partials
 
-# The longest rows that stay in registers: 16 warps of 32 lanes with 64 (forward) or 16 (backward,
-# which also holds dy and both sums of weight gradients) fp32 values a lane.
+# The longest rows that stay in registers: 32 values a lane forward, 16 backward, which also holds
+# dy, the weight and both sums of weight gradients.
 MAX_FORWARD = 32768
 MAX_BACKWARD = 8192
 
@@ -160,6 +160,8 @@ def _norm_bwd_kernel(
     col = tl.arange(0, BLOCK_COLS)[None, :]
     dw = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     db = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    if weight_ptr is not None:
+        scale = _load_scale(weight_ptr, tl.cast(offset, tl.float32), col, cols)
     blocks = tl.cdiv(rows, BLOCK_ROWS)
     for block in tl.range(program, blocks, tl.num_programs(0), num_stages=STAGES):
         row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
@@ -176,7 +178,7 @@ def _norm_bwd_kernel(
         if dx_ptr is not None:
             g = dy
             if weight_ptr is not None:
-                g *= _load_scale(weight_ptr, tl.cast(offset, tl.float32), col, cols)
+                g *= scale
             along = tl.sum(g * n, axis=1, keep_dims=True) / cols
             dx = g - n * along
             if CENTER:
@@ -305,7 +307,7 @@ def _tile(cols, many, elements, lane_elements):
     """
     block = triton.next_power_of_2(cols)
     rows = min(128, max(1, elements // block)) if many else 1
-    return rows, block, max(1, min(16, rows * block // (32 * lane_elements)))
+    return rows, block, max(1, min(MAX_WARPS, rows * block // (32 * lane_elements)))
 
 
 def _forward(x, residual, weight, bias, cols, eps, offset, center):
@@ -341,7 +343,8 @@ def _backward(dy, dh, h, weight, bias, cols, eps, offset, center, needs):
             block, stripes = 2048, triton.cdiv(cols, 2048)
             programs = min(rows, triton.cdiv(4 * sms, stripes))
         else:
-            block_rows, block, warps = _tile(cols, rows >= 8 * sms, 4096, 16)
+            lane = 16 if cols > 2048 else 8
+            block_rows, block, warps = _tile(cols, rows >= 8 * sms, 2048, lane)
             programs = min(triton.cdiv(rows, block_rows), sms * max(1, 16 // warps))
         sums = (dw is not None) + (db is not None)
         partial = torch.empty((sums, programs, cols), dtype=torch.float32, device=device)

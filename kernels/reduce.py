@@ -55,7 +55,8 @@ def sum_partials(partial, first, second):
     """
     sums, rows, cols = partial.shape
     if sums:
-        block_rows = min(64, triton.next_power_of_2(rows))
-        _sum_partials_kernel[(triton.cdiv(cols, 32), sums)](
-            partial, first, second, rows, cols, block_rows, 32, num_warps=4
+        # few columns: narrow blocks, to have enough programs
+        block_rows, block_cols = (64, 32) if cols <= 4096 else (16, 128)
+        _sum_partials_kernel[(triton.cdiv(cols, block_cols), sums)](
+            partial, first, second, rows, cols, block_rows, block_cols, num_warps=4
         )
