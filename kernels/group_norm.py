@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .device import on
-from .reduce import lane_counts, lane_moments, sum_partials
+from .reduce import exact_mean, lane_counts, lane_moments, sum_partials
 
 # Elements of a group, its sides rounded up to powers of two, that stay in registers.
 MAX_FORWARD = 16384
@@ -46,7 +46,8 @@ def _group_norm_fwd_kernel(
     at = (sample * channels + channel) * spatial + s  # [BLOCK_C, BLOCK_S]
     count = tl.cast(width * spatial, tl.float32)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    x = tl.where(mask, x - tl.sum(tl.sum(x, axis=1), axis=0) / count, 0.0)
+    mean = exact_mean(tl.sum(tl.sum(x, axis=1), axis=0), count)
+    x = tl.where(mask, x - mean, 0.0)
     y = x * tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / count + tl.cast(eps, tl.float32))
     if weight_ptr is not None:
         y *= _channel(weight_ptr, channel, c < width)
@@ -72,7 +73,8 @@ def _group_norm_bwd_kernel(
     count = tl.cast(width * spatial, tl.float32)
     n = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    n = tl.where(mask, n - tl.sum(tl.sum(n, axis=1), axis=0) / count, 0.0)
+    mean = exact_mean(tl.sum(tl.sum(n, axis=1), axis=0), count)
+    n = tl.where(mask, n - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(tl.sum(n * n, axis=1), axis=0) / count + tl.cast(eps, tl.float32))
     n *= rstd
     db = tl.sum(dy, axis=1, keep_dims=True)  # [BLOCK_C, 1]
@@ -115,7 +117,7 @@ def _channel_moments_kernel(dy_ptr, x_ptr, moments_ptr, rows, spatial, BLOCK: tl
             cross += delta * tl.where(mask, dy - mean_dy, 0.0)
         mean, m2 = lane_moments(x, mask, step, mean, m2)
     count = lane_counts(spatial, BLOCK)
-    center = tl.sum(mean * count, axis=0) / spatial
+    center = exact_mean(tl.sum(mean * count, axis=0), spatial)
     m2 += count * (mean - center) * (mean - center)
     tl.store(moments_ptr + row, center)
     tl.store(moments_ptr + rows + row, tl.sum(m2, axis=0))
@@ -132,7 +134,7 @@ def _group_moments(moments_ptr, rows, first, width, spatial, eps, BLOCK_C: tl.co
     c = tl.arange(0, BLOCK_C)
     mean = tl.load(moments_ptr + first + c, mask=c < width, other=0.0)
     m2 = tl.load(moments_ptr + rows + first + c, mask=c < width, other=0.0)
-    center = tl.sum(mean, axis=0) / width
+    center = exact_mean(tl.sum(mean, axis=0), width)
     apart = tl.where(c < width, mean - center, 0.0)
     square = tl.sum(m2, axis=0) / width / spatial + tl.sum(apart * apart, axis=0) / width
     return center, tl.rsqrt(square + tl.cast(eps, tl.float32))

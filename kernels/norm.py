@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .device import MAX_WARPS, multiprocessors, on
-from .reduce import lane_counts, lane_moments, sum_partials
+from .reduce import exact_mean, lane_counts, lane_moments, sum_partials
 
 # The longest rows that stay in registers: 32 values a lane forward, 16 backward, which also holds
 # dy, the weight and both sums of weight gradients.
@@ -74,7 +74,7 @@ def _norm_fwd_kernel(
         tl.store(h_ptr + at, h, mask=mask)
     h = h.to(tl.float32)
     if CENTER:
-        mean = tl.sum(h, axis=1, keep_dims=True) / cols
+        mean = exact_mean(tl.sum(h, axis=1, keep_dims=True), cols)
         h = tl.where(mask, h - mean, 0.0)
     square = tl.sum(h * h, axis=1, keep_dims=True) / cols
     y = h * tl.rsqrt(square + tl.cast(eps, tl.float32))
@@ -121,7 +121,7 @@ def _norm_fwd_long_kernel(
     center = 0.0
     if CENTER:
         count = lane_counts(cols, BLOCK)
-        center = tl.sum(mean * count, axis=0) / cols
+        center = exact_mean(tl.sum(mean * count, axis=0), cols)
         m2 += count * (mean - center) * (mean - center)
     rstd = tl.rsqrt(tl.sum(m2, axis=0) / cols + tl.cast(eps, tl.float32))
     for start in range(0, cols, BLOCK):
@@ -170,7 +170,8 @@ def _norm_bwd_kernel(
         n = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if CENTER:
-            n = tl.where(mask, n - tl.sum(n, axis=1, keep_dims=True) / cols, 0.0)
+            mean = exact_mean(tl.sum(n, axis=1, keep_dims=True), cols)
+            n = tl.where(mask, n - mean, 0.0)
         square = tl.sum(n * n, axis=1, keep_dims=True) / cols
         # rows past the end are zeros: with eps = 0 their rstd would be infinite
         rstd = tl.where(row < rows, tl.rsqrt(square + tl.cast(eps, tl.float32)), 0.0)
@@ -240,7 +241,7 @@ def _norm_bwd_stats_kernel(
     center_g = 0.0
     if CENTER:
         count = lane_counts(cols, BLOCK)
-        center = tl.sum(mean * count, axis=0) / cols
+        center = exact_mean(tl.sum(mean * count, axis=0), cols)
         center_g = tl.sum(mean_g * count, axis=0) / cols
         m2 += count * (mean - center) * (mean - center)
         cross += count * (mean - center) * (mean_g - center_g)

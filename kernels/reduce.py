@@ -20,6 +20,17 @@ def lane_counts(cols, BLOCK: tl.constexpr):
     return ((cols - lane + BLOCK - 1) // BLOCK).to(tl.float32)  # [BLOCK]
 
 
+@triton.jit
+def exact_mean(total, count):
+    """total / count, and exactly so where a float32 is: the mean of equal values is that value.
+
+    A GPU divides to within 2 ulp; tl.div_rn would call a subroutine, which costs registers.
+    """
+    n = tl.cast(count, tl.float32)
+    mean = total / n
+    return mean + tl.fma(-mean, n, total) / n
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _sum_partials_kernel(
     partial_ptr,
