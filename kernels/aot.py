@@ -17,7 +17,7 @@ import triton
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from .device import MAX_THREADS
+from fastllm.kernels.device import MAX_THREADS
 
 _TYPES = {
     torch.float32: "fp32",

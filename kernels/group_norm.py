@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import on
-from .reduce import exact_mean, lane_counts, lane_moments, sum_partials
+from fastllm.kernels.device import on
+from fastllm.kernels.reduce import exact_mean, lane_counts, lane_moments, sum_partials
 
 # Elements of a group, its sides rounded up to powers of two, that stay in registers.
 MAX_FORWARD = 16384

@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import MAX_WARPS, multiprocessors, on
-from .reduce import exact_mean, lane_counts, lane_moments, sum_partials
+from fastllm.kernels.device import MAX_WARPS, multiprocessors, on
+from fastllm.kernels.reduce import exact_mean, lane_counts, lane_moments, sum_partials
 
 # The longest rows that stay in registers: 32 values a lane forward, 16 backward, which also holds
 # dy, the weight and both sums of weight gradients.
