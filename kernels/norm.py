@@ -358,7 +358,7 @@ def _backward(dy, dh, h, weight, bias, cols, eps, offset, center, needs):
             )
             _norm_bwd_tile_kernel[(programs, stripes)](
                 dy, dh, h, weight, stats, dx, dw_sums, db_sums, rows, cols, offset, block, 2,
-                num_warps=4,
+                num_warps=8,
             )  # fmt: skip
         else:
             _norm_bwd_kernel[(programs,)](
