@@ -102,7 +102,7 @@ def _channel_moments_kernel(dy_ptr, x_ptr, moments_ptr, rows, spatial, BLOCK: tl
     lane = tl.arange(0, BLOCK)
     mean = tl.zeros([BLOCK], tl.float32)
     m2 = tl.zeros([BLOCK], tl.float32)
-    mean_dy = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
     cross = tl.zeros([BLOCK], tl.float32)
     step = 0.0
     for start in range(0, spatial, BLOCK):
@@ -113,8 +113,8 @@ def _channel_moments_kernel(dy_ptr, x_ptr, moments_ptr, rows, spatial, BLOCK: tl
             dy = tl.load(dy_ptr + row * spatial + start + lane, mask=mask, other=0.0)
             dy = dy.to(tl.float32)
             delta = tl.where(mask, x - mean, 0.0)
-            mean_dy += tl.where(mask, dy - mean_dy, 0.0) / step
-            cross += delta * tl.where(mask, dy - mean_dy, 0.0)
+            total += dy
+            cross += delta * tl.where(mask, dy - total / step, 0.0)
         mean, m2 = lane_moments(x, mask, step, mean, m2)
     count = lane_counts(spatial, BLOCK)
     center = exact_mean(tl.sum(mean * count, axis=0), spatial)
@@ -122,9 +122,9 @@ def _channel_moments_kernel(dy_ptr, x_ptr, moments_ptr, rows, spatial, BLOCK: tl
     tl.store(moments_ptr + row, center)
     tl.store(moments_ptr + rows + row, tl.sum(m2, axis=0))
     if dy_ptr is not None:
-        center_dy = tl.sum(mean_dy * count, axis=0) / spatial
-        cross += count * (mean - center) * (mean_dy - center_dy)
-        tl.store(moments_ptr + 2 * rows + row, center_dy * spatial)
+        dy_sum = tl.sum(total, axis=0)
+        cross += (mean - center) * (total - count * (dy_sum / spatial))
+        tl.store(moments_ptr + 2 * rows + row, dy_sum)
         tl.store(moments_ptr + 3 * rows + row, tl.sum(cross, axis=0))
 
 

@@ -216,7 +216,7 @@ def _norm_bwd_stats_kernel(
     lane = tl.arange(0, BLOCK)
     mean = tl.zeros([BLOCK], tl.float32)
     m2 = tl.zeros([BLOCK], tl.float32)
-    mean_g = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
     cross = tl.zeros([BLOCK], tl.float32)
     step = 0.0
     for start in range(0, cols, BLOCK):
@@ -227,13 +227,13 @@ def _norm_bwd_stats_kernel(
         if weight_ptr is not None:
             g *= _load_scale(weight_ptr, tl.cast(offset, tl.float32), col, cols)
         if CENTER:
-            # Welford for h and g together: cross is the sum of (h - mean) * (g - mean_g)
+            # Welford for h and g together: cross is the sum of (h - mean) * (g - mean(g))
             step += 1.0
             delta = tl.where(mask, h - mean, 0.0)
             mean += delta / step
-            mean_g += tl.where(mask, g - mean_g, 0.0) / step
+            total += g
             m2 += delta * tl.where(mask, h - mean, 0.0)
-            cross += delta * tl.where(mask, g - mean_g, 0.0)
+            cross += delta * tl.where(mask, g - total / step, 0.0)
         else:
             m2 += h * h
             cross += g * h
@@ -242,9 +242,9 @@ def _norm_bwd_stats_kernel(
     if CENTER:
         count = lane_counts(cols, BLOCK)
         center = exact_mean(tl.sum(mean * count, axis=0), cols)
-        center_g = tl.sum(mean_g * count, axis=0) / cols
+        center_g = tl.sum(total, axis=0) / cols
         m2 += count * (mean - center) * (mean - center)
-        cross += count * (mean - center) * (mean_g - center_g)
+        cross += (mean - center) * (total - count * center_g)
     rstd = tl.rsqrt(tl.sum(m2, axis=0) / cols + tl.cast(eps, tl.float32))
     tl.store(stats_ptr + 4 * row, center)
     tl.store(stats_ptr + 4 * row + 1, rstd)
