@@ -16,7 +16,6 @@ a fixed order.
 import torch
 import triton
 import triton.language as tl
-
 from fastllm.kernels.device import on
 from fastllm.kernels.reduce import exact_mean, lane_counts, lane_moments, sum_partials
 

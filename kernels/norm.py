@@ -21,7 +21,6 @@ import functools
 import torch
 import triton
 import triton.language as tl
-
 from fastllm.kernels.device import MAX_WARPS, multiprocessors, on
 from fastllm.kernels.reduce import exact_mean, lane_counts, lane_moments, sum_partials
 

@@ -100,9 +100,8 @@ def ptxas_report(ptx, arch):
 
 def compiled(exhaustive, index):
     """Compiles one launch in a worker: what is needed to judge it, as text and numbers."""
-    from triton.backends.compiler import GPUTarget
-
     from fastllm.kernels import aot
+    from triton.backends.compiler import GPUTarget
 
     launch, target = launches(exhaustive)[index]
     kernel = aot.compile(launch, GPUTarget(*target))
