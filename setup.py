@@ -38,7 +38,9 @@ def find_nvcc():
 
 def cuda_root(nvcc):
     """The toolkit that nvcc itself says it uses (the one on the PATH may be a wrapper)."""
-    done = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    done = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+    )
     for line in done.stderr.splitlines():
         if line.startswith("#$ TOP="):
             return Path(line.removeprefix("#$ TOP=").strip()).resolve()
@@ -63,7 +65,14 @@ class NinjaBuild(build_ext):
 
         cxx = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
         includes = [CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]]
-        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *WARNINGS]
+        flags = [
+            "-std=c++17",
+            "-O3",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-ffp-contract=off",
+            *WARNINGS,
+        ]
         flags += [f"-I{path}" for path in includes] + shlex.split(os.environ.get("CXXFLAGS", ""))
         flags += ["-fopenmp"]
         lines = [
@@ -85,11 +94,20 @@ class NinjaBuild(build_ext):
             for source in map(Path, ext.sources):
                 obj = temp / ext.name / f"{source.name}.o"
                 if source.suffix == ".cu":
-                    own = ["-O3", "-std=c++17", "-lineinfo", f"-I{CSRC}", "-Xcompiler=-fPIC", *gencode()]
+                    own = [
+                        "-O3",
+                        "-std=c++17",
+                        "-lineinfo",
+                        f"-I{CSRC}",
+                        "-Xcompiler=-fPIC",
+                        *gencode(),
+                    ]
                     rule = "cuda"
                 else:
                     own, rule = [*flags, *ext.extra_compile_args], "cxx"
-                lines.append(f"build {esc(obj)}: {rule} {esc(ROOT / source)}\n  flags = {' '.join(own)}")
+                lines.append(
+                    f"build {esc(obj)}: {rule} {esc(ROOT / source)}\n  flags = {' '.join(own)}"
+                )
                 objects.append(esc(obj))
             libs = " ".join(["-fopenmp", *ext.extra_link_args])
             lines.append(f"build {esc(target)}: link {' '.join(objects)}\n  libs = {libs}")

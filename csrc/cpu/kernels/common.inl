@@ -1,0 +1,172 @@
+// What the families share, written against the vector vocabulary of the level that includes it.
+
+using i64 = int64_t;
+
+INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
+INLINE i64 most(i64 a, i64 b) { return a > b ? a : b; }
+INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// Which lanes of a vector a step touches: all, or the first n.
+struct All {};
+struct First {
+  int n;
+};
+template <class T>
+INLINE Vec get(const T* p, All) {
+  return load(p);
+}
+template <class T>
+INLINE Vec get(const T* p, First lanes) {
+  return load(p, lanes.n);
+}
+template <bool Stream, class T>
+INLINE void put(T* p, Vec a, All) {
+  if (Stream)
+    stream(p, a);
+  else
+    store(p, a);
+}
+template <bool Stream, class T>
+INLINE void put(T* p, Vec a, First lanes) {
+  store(p, a, lanes.n);
+}
+
+// The touched lanes of a, zero in the others.
+INLINE Vec only(Vec a, All) { return a; }
+INLINE Vec only(Vec a, First lanes) { return keep(a, lanes.n); }
+
+// Calls step(lanes, offset, k) over [0, n): k in 0..3 names one of four independent accumulators.
+template <class F>
+INLINE void sweep(i64 n, const F& step) {
+  i64 i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    step(All{}, i, 0);
+    step(All{}, i + W, 1);
+    step(All{}, i + 2 * W, 2);
+    step(All{}, i + 3 * W, 3);
+  }
+  for (; i + W <= n; i += W) step(All{}, i, 0);
+  if (i < n) step(First{int(n - i)}, i, 1);
+}
+
+INLINE float total(const Vec (&acc)[4]) { return hsum((acc[0] + acc[1]) + (acc[2] + acc[3])); }
+
+// Asks for the cache line `ahead` elements on, once a line. Only a hint: any address is safe.
+template <class T>
+INLINE void prefetch(const T* p, i64 ahead, int k) {
+  if (k * W * int(sizeof(T)) % 64 == 0) __builtin_prefetch((const char*)p + ahead * i64(sizeof(T)));
+}
+
+// How far ahead the next row lies, where it is short enough to wait in the cache while this one is
+// written.
+template <class T>
+INLINE i64 reach(i64 n) {
+  return n * i64(sizeof(T)) <= (256 << 10) ? n : 0;
+}
+
+// Sums run in fp32 over blocks of this many elements and in double over the blocks: long rows stay
+// exact, short ones pay nothing. A block of two inputs fits the first-level cache.
+constexpr i64 kBlock = 4096;
+
+// One input element: x, or x + r rounded to its type, so that fused and unfused agree bit for bit.
+template <bool Add, class T, class L>
+INLINE Vec value(const T* x, const T* r, i64 i, L lanes) {
+  const Vec a = get(x + i, lanes);
+  return Add ? rounded(x, a + get(r + i, lanes)) : a;
+}
+
+template <bool Add, class T>
+APART double sum_squares(const T* x, const T* r, i64 n) {
+  double sum = 0;
+  for (i64 at = 0; at < n; at += kBlock) {
+    Vec acc[4] = {zero(), zero(), zero(), zero()};
+    sweep(least(kBlock, n - at), [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+      const Vec v = value<Add>(x, r, at + i, lanes);
+      acc[k] = fma(v, v, acc[k]);
+    });
+    sum += total(acc);
+  }
+  return sum;
+}
+
+struct Moments {
+  double mean, variance;
+};
+
+// Two passes a block, with the first mean's rounding error corrected, then Chan's merge of the
+// blocks: exact even where the mean is far larger than the deviation, and one read of memory
+// however long the row.
+template <bool Add, class T>
+APART Moments moments(const T* x, const T* r, i64 n) {
+  double mean = 0, m2 = 0;
+  for (i64 at = 0; at < n; at += kBlock) {
+    const i64 size = least(kBlock, n - at);
+    Vec acc[4] = {zero(), zero(), zero(), zero()};
+    sweep(size, [&](auto lanes, i64 i, int k)
+                    INLINE_LAMBDA { acc[k] = acc[k] + value<Add>(x, r, at + i, lanes); });
+    const float guess = total(acc) / float(size);
+    const Vec shift = set1(guess);
+    Vec dev[4] = {zero(), zero(), zero(), zero()}, sq[4] = {zero(), zero(), zero(), zero()};
+    sweep(size, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+      const Vec d = only(value<Add>(x, r, at + i, lanes) - shift, lanes);
+      dev[k] = dev[k] + d;
+      sq[k] = fma(d, d, sq[k]);
+    });
+    const double off = double(total(dev)) / double(size);
+    const double here = double(guess) + off, here_m2 = double(total(sq)) - off * off * double(size);
+    const double before = double(at), all = double(at + size), delta = here - mean;
+    mean = at == 0 ? here : mean + delta * (double(size) / all);
+    m2 += at == 0 ? here_m2 : here_m2 + delta * delta * (before * double(size) / all);
+  }
+  return {mean, m2 > 0 || m2 != m2 ? m2 / double(n) : 0.0};
+}
+
+// weight + offset (or `missing` where there is none) as n floats: the caller's own memory when that
+// is what it is.
+APART const float* prepared(const void* p, int dtype, i64 n, float offset, float missing,
+                            float* room) {
+  if (p && dtype == kFloat32 && offset == 0.0f) return static_cast<const float*>(p);
+  const Vec add = set1(p ? offset : missing);
+  sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+    Vec v = add;
+    if (p && dtype == kFloat32) v = v + get(static_cast<const float*>(p) + i, lanes);
+    if (p && dtype == kBFloat16) v = v + get(static_cast<const bf16*>(p) + i, lanes);
+    if (p && dtype == kFloat16) v = v + get(static_cast<const f16*>(p) + i, lanes);
+    put<false>(room + i, v, lanes);
+  });
+  return room;
+}
+
+// Writes n floats rounded to the given type.
+INLINE void write_as(int dtype, void* out, i64 at, Vec v, All) {
+  if (dtype == kFloat32) store(static_cast<float*>(out) + at, v);
+  if (dtype == kBFloat16) store(static_cast<bf16*>(out) + at, v);
+  if (dtype == kFloat16) store(static_cast<f16*>(out) + at, v);
+}
+INLINE void write_as(int dtype, void* out, i64 at, Vec v, First lanes) {
+  if (dtype == kFloat32) store(static_cast<float*>(out) + at, v, lanes.n);
+  if (dtype == kBFloat16) store(static_cast<bf16*>(out) + at, v, lanes.n);
+  if (dtype == kFloat16) store(static_cast<f16*>(out) + at, v, lanes.n);
+}
+
+// out[c] = sum over i of parts[i * stride + c], in the order of i whatever the threads.
+APART void reduce_parts(const float* parts, i64 count, i64 stride, i64 cols, int dtype, void* out,
+                        int threads) {
+  constexpr i64 kCols = 256;
+  parallel_for(ceil_div(cols, kCols), useful_threads(count * cols * 4, threads), [&](i64 task) {
+    const i64 from = task * kCols;
+    sweep(least(kCols, cols - from), [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+      Vec sum = zero();
+      for (i64 part = 0; part < count; ++part)
+        sum = sum + get(parts + part * stride + from + i, lanes);
+      write_as(dtype, out, from + i, sum, lanes);
+    });
+  });
+}
+
+template <class F>
+INLINE void with_type(int dtype, const F& call) {
+  if (dtype == kFloat32) call(static_cast<float*>(nullptr));
+  if (dtype == kBFloat16) call(static_cast<bf16*>(nullptr));
+  if (dtype == kFloat16) call(static_cast<f16*>(nullptr));
+}

@@ -1,0 +1,200 @@
+// RMSNorm and LayerNorm over contiguous rows, with or without a residual added first.
+
+// Moved through the caches, an output is read from memory before it is written over; past them it
+// is not. Worth it once the rows in flight no longer stay in the second-level caches for whoever
+// reads them next.
+constexpr i64 kStreamBytes = 4 << 20;
+
+INLINE bool aligned(const void* p, i64 row_bytes) {
+  return ((uintptr_t)p | uintptr_t(row_bytes)) % 64 == 0;
+}
+
+// Rows a task takes: even shares while the data is small, else enough tasks that a delayed thread
+// costs little.
+INLINE i64 rows_per_task(i64 rows, i64 bytes, int threads) {
+  const i64 tasks = bytes < kStreamBytes ? threads : 8 * i64(threads);
+  return most(1, ceil_div(rows, tasks));
+}
+
+template <bool Center, bool Add, bool Stream, class T>
+APART void norm_row(const T* x, const T* r, const float* w, const float* b, T* y, T* h, i64 n,
+                    float eps) {
+  float scale, mean = 0, left = 0;
+  if (Center) {
+    const Moments m = moments<Add>(x, r, n);
+    mean = float(m.mean);
+    scale = 1.0f / __builtin_sqrtf(float(m.variance) + eps);
+    left = float(mean - m.mean) * scale;
+  } else {
+    scale = 1.0f / __builtin_sqrtf(float(sum_squares<Add>(x, r, n) / double(n)) + eps);
+  }
+  const Vec scales = set1(scale), means = set1(mean), lefts = set1(left);
+  const i64 ahead = reach<T>(n);
+  sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+    prefetch(x + i, ahead, k);
+    if (Add) prefetch(r + i, ahead, k);
+    const Vec v = value<Add>(x, r, i, lanes), weight = get(w + i, lanes);
+    if (Add) put<Stream>(h + i, v, lanes);
+    if (Center)
+      put<Stream>(y + i, fma(fma(v - means, scales, lefts), weight, get(b + i, lanes)), lanes);
+    else
+      put<Stream>(y + i, v * scales * weight, lanes);
+  });
+}
+
+template <bool Center, bool Add, bool Stream, class T>
+inline void norm_rows(const NormForward& a, const float* w, const float* b, i64 from, i64 to) {
+  const i64 n = a.cols;
+  for (i64 row = from; row < to; ++row) {
+    const i64 at = row * n;
+    norm_row<Center, Add, Stream>((const T*)a.input + at, Add ? (const T*)a.residual + at : nullptr,
+                                  w, b, (T*)a.output + at, Add ? (T*)a.new_residual + at : nullptr,
+                                  n, float(a.eps));
+  }
+  if (Stream) stream_fence();
+}
+
+template <bool Center>
+inline void norm_forward(const NormForward& a) {
+  const i64 n = a.cols;
+  if (a.rows == 0 || n == 0) return;
+  const Scratch scratch(2 * n);
+  const float* w = prepared(a.weight, a.weight_dtype, n, a.weight_offset, 1.0f, scratch.data());
+  const float* b =
+      Center ? prepared(a.bias, a.weight_dtype, n, 0.0f, 0.0f, scratch.data() + n) : nullptr;
+  with_type(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const i64 row_bytes = n * i64(sizeof(T)), bytes = a.rows * row_bytes;
+    const bool stream = bytes >= kStreamBytes && aligned(a.output, row_bytes) &&
+                        (!a.residual || aligned(a.new_residual, row_bytes));
+    const int threads = useful_threads(bytes, a.threads);
+    const i64 step = rows_per_task(a.rows, bytes, threads);
+    parallel_for(ceil_div(a.rows, step), threads, [&](i64 task) {
+      const i64 from = task * step, to = least(a.rows, from + step);
+      if (a.residual)
+        stream ? norm_rows<Center, true, true, T>(a, w, b, from, to)
+               : norm_rows<Center, true, false, T>(a, w, b, from, to);
+      else
+        stream ? norm_rows<Center, false, true, T>(a, w, b, from, to)
+               : norm_rows<Center, false, false, T>(a, w, b, from, to);
+    });
+  });
+}
+
+// With g = dy * w and z = (x - mean) * rstd, dx = rstd * (g - mean(g) - z * mean(g * z)); RMSNorm
+// drops the means of x and g. dw and db are the sums over rows of dy * z and dy, kept in fp32 by
+// the task that owns the rows.
+template <bool Center, bool Params, bool Stream, class T>
+APART void norm_backward_row(const T* dy, const T* dh, const T* x, const float* w, T* dx, float* dw,
+                             float* db, i64 n, float eps) {
+  float mean = 0, left = 0, scale = 0;
+  if (Center) {
+    const Moments m = moments<false>(x, x, n);
+    mean = float(m.mean);
+    scale = 1.0f / __builtin_sqrtf(float(m.variance) + eps);
+    left = float(mean - m.mean) * scale;
+  }
+  const Vec means = set1(mean);
+  double squares = 0, sum_g = 0, sum_gx = 0;
+  for (i64 at = 0; at < n; at += kBlock) {
+    Vec sq[4] = {zero(), zero(), zero(), zero()}, gs[4] = {zero(), zero(), zero(), zero()};
+    Vec gx[4] = {zero(), zero(), zero(), zero()};
+    sweep(least(kBlock, n - at), [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+      const Vec v = get(x + at + i, lanes), g = get(dy + at + i, lanes) * get(w + at + i, lanes);
+      if (Center) {
+        gs[k] = gs[k] + g;
+        gx[k] = fma(g, v - means, gx[k]);
+      } else {
+        sq[k] = fma(v, v, sq[k]);
+        gx[k] = fma(g, v, gx[k]);
+      }
+    });
+    if (Center)
+      sum_g += total(gs);
+    else
+      squares += total(sq);
+    sum_gx += total(gx);
+  }
+  const double inverse = 1.0 / double(n);
+  if (!Center) scale = 1.0f / __builtin_sqrtf(float(squares * inverse) + eps);
+  // sum(g * z) = scale * sum(g * (x - float mean)) + left * sum(g)
+  const double gz = double(scale) * sum_gx + double(left) * sum_g;
+  const Vec scales = set1(scale), lefts = set1(left);
+  const i64 ahead = reach<T>(n);
+  const Vec pull = set1(float(-gz * inverse) * scale),
+            level = set1(float(-sum_g * inverse) * scale);
+  sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+    prefetch(x + i, ahead, k);
+    prefetch(dy + i, ahead, k);
+    const Vec v = get(x + i, lanes), d = get(dy + i, lanes);
+    const Vec z = Center ? fma(v - means, scales, lefts) : v * scales;
+    if (dx) {
+      Vec out = d * get(w + i, lanes) * scales;
+      if (Center) out = out + level;
+      out = fma(z, pull, out);
+      if (dh) out = out + get(dh + i, lanes);
+      put<Stream>(dx + i, out, lanes);
+    }
+    if (Params) {
+      put<false>(dw + i, fma(d, z, get(dw + i, lanes)), lanes);
+      if (Center) put<false>(db + i, d + get(db + i, lanes), lanes);
+    }
+  });
+}
+
+template <bool Center, bool Params, bool Stream, class T>
+inline void norm_backward_rows(const NormBackward& a, const float* w, float* dw, float* db,
+                               i64 from, i64 to) {
+  const i64 n = a.cols;
+  for (i64 row = from; row < to; ++row) {
+    const i64 at = row * n;
+    norm_backward_row<Center, Params, Stream>(
+        (const T*)a.grad_output + at,
+        a.grad_new_residual ? (const T*)a.grad_new_residual + at : nullptr, (const T*)a.input + at,
+        w, a.grad_input ? (T*)a.grad_input + at : nullptr, dw, db, n, float(a.eps));
+  }
+  if (Stream) stream_fence();
+}
+
+template <bool Center>
+inline void norm_backward(const NormBackward& a) {
+  const i64 n = a.cols;
+  if (n == 0) return;
+  const bool params = a.grad_weight || a.grad_bias;
+  // The parts depend on the shape alone, so that the sums do not depend on the threads.
+  const i64 parts = most(1, least(128, least(a.rows / 16, a.rows * n / 16384)));
+  const i64 per_part = (Center ? 2 : 1) * n;
+  const Scratch scratch(n + (params ? parts * per_part : 0));
+  const float* w = prepared(a.weight, a.weight_dtype, n, a.weight_offset, 1.0f, scratch.data());
+  float* sums = scratch.data() + n;
+  with_type(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const i64 row_bytes = n * i64(sizeof(T)), bytes = a.rows * row_bytes;
+    const bool stream = bytes >= kStreamBytes && a.grad_input && aligned(a.grad_input, row_bytes);
+    const int threads = useful_threads(2 * bytes, a.threads);
+    const i64 tasks =
+        params ? parts : most(1, ceil_div(a.rows, rows_per_task(a.rows, bytes, threads)));
+    parallel_for(tasks, threads, [&](i64 task) {
+      const i64 from = a.rows * task / tasks, to = a.rows * (task + 1) / tasks;
+      float *dw = sums + task * per_part, *db = dw + n;
+      if (params) {
+        sweep(per_part,
+              [&](auto lanes, i64 i, int) INLINE_LAMBDA { put<false>(dw + i, zero(), lanes); });
+        stream ? norm_backward_rows<Center, true, true, T>(a, w, dw, db, from, to)
+               : norm_backward_rows<Center, true, false, T>(a, w, dw, db, from, to);
+      } else {
+        stream ? norm_backward_rows<Center, false, true, T>(a, w, nullptr, nullptr, from, to)
+               : norm_backward_rows<Center, false, false, T>(a, w, nullptr, nullptr, from, to);
+      }
+    });
+  });
+  if (a.grad_weight)
+    reduce_parts(sums, parts, per_part, n, a.weight_dtype, a.grad_weight, a.threads);
+  if (a.grad_bias)
+    reduce_parts(sums + n, parts, per_part, n, a.weight_dtype, a.grad_bias, a.threads);
+}
+
+void rms_norm_fwd(const NormForward& a) { norm_forward<false>(a); }
+void layer_norm_fwd(const NormForward& a) { norm_forward<true>(a); }
+void rms_norm_bwd(const NormBackward& a) { norm_backward<false>(a); }
+void layer_norm_bwd(const NormBackward& a) { norm_backward<true>(a); }

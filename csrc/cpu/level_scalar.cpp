@@ -1,0 +1,21 @@
+// The scalar level: every kernel family, compiled for it and kept to this file.
+#include <type_traits>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/region.h"
+#include "cpu/types.h"
+
+namespace fastllm {
+namespace {
+#include "cpu/simd/scalar.h"
+
+#include "cpu/kernels/common.inl"
+#include "cpu/kernels/norm.inl"
+#include "cpu/kernels/group_norm.inl"
+}  // namespace
+
+const Kernels kernels_scalar = {rms_norm_fwd,   layer_norm_fwd, rms_norm_bwd,
+                                layer_norm_bwd, group_norm_fwd, group_norm_bwd};
+
+}  // namespace fastllm

@@ -1,0 +1,87 @@
+// The vector vocabulary on AVX2 with FMA and F16C: 8 floats. Included inside a target region.
+
+constexpr int W = 8;
+
+struct Vec {
+  __m256 v;
+};
+
+INLINE Vec zero() { return {_mm256_setzero_ps()}; }
+INLINE Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+INLINE float hsum(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// Lane i is all ones where i < n.
+INLINE __m256i first(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// bf16 is the upper half of a float: rounding half to even adds 0x7fff plus the last kept bit; NaN
+// stays a quiet NaN.
+INLINE __m256i round_bf16(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(up, quiet, nan);
+}
+INLINE __m128i to_bf16(Vec a) {
+  const __m256i high = _mm256_srli_epi32(round_bf16(a.v), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+INLINE __m128i to_f16(Vec a) {
+  return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+INLINE Vec from_bf16(__m128i h) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
+}
+
+// There is no masked load of 16-bit lanes before AVX-512: a tail goes through the stack.
+INLINE __m128i load_halves(const void* p, int n) {
+  alignas(16) uint16_t lanes[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  for (int i = 0; i < n; ++i) lanes[i] = ((const uint16_t*)p)[i];
+  return _mm_load_si128((const __m128i*)lanes);
+}
+INLINE void store_halves(void* p, __m128i h, int n) {
+  alignas(16) uint16_t lanes[8];
+  _mm_store_si128((__m128i*)lanes, h);
+  for (int i = 0; i < n; ++i) ((uint16_t*)p)[i] = lanes[i];
+}
+
+INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+INLINE Vec load(const bf16* p) { return from_bf16(_mm_loadu_si128((const __m128i*)p)); }
+INLINE Vec load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+INLINE Vec load(const float* p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
+INLINE Vec load(const bf16* p, int n) { return from_bf16(load_halves(p, n)); }
+INLINE Vec load(const f16* p, int n) { return {_mm256_cvtph_ps(load_halves(p, n))}; }
+
+INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+INLINE void store(bf16* p, Vec a) { _mm_storeu_si128((__m128i*)p, to_bf16(a)); }
+INLINE void store(f16* p, Vec a) { _mm_storeu_si128((__m128i*)p, to_f16(a)); }
+INLINE void store(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first(n), a.v); }
+INLINE void store(bf16* p, Vec a, int n) { store_halves(p, to_bf16(a), n); }
+INLINE void store(f16* p, Vec a, int n) { store_halves(p, to_f16(a), n); }
+
+// Past the caches; p must be aligned to the bytes stored.
+INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+INLINE void stream(bf16* p, Vec a) { _mm_stream_si128((__m128i*)p, to_bf16(a)); }
+INLINE void stream(f16* p, Vec a) { _mm_stream_si128((__m128i*)p, to_f16(a)); }
+INLINE void stream_fence() { _mm_sfence(); }
+
+// The first n lanes of a, zero in the others.
+INLINE Vec keep(Vec a, int n) { return {_mm256_and_ps(a.v, _mm256_castsi256_ps(first(n)))}; }
+
+// The value after a round trip through T.
+INLINE Vec rounded(const float*, Vec a) { return a; }
+INLINE Vec rounded(const bf16*, Vec a) {
+  return {_mm256_castsi256_ps(_mm256_and_si256(round_bf16(a.v), _mm256_set1_epi32(-65536)))};
+}
+INLINE Vec rounded(const f16*, Vec a) { return {_mm256_cvtph_ps(to_f16(a))}; }

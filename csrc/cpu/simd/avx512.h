@@ -1,0 +1,68 @@
+// The vector vocabulary on AVX-512 (F, BW, DQ, VL): 16 floats. Included inside a target region.
+
+constexpr int W = 16;
+
+struct Vec {
+  __m512 v;
+};
+
+INLINE Vec zero() { return {_mm512_setzero_ps()}; }
+INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+INLINE float hsum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+
+INLINE __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
+
+// bf16 is the upper half of a float: rounding half to even adds 0x7fff plus the last kept bit; NaN
+// stays a quiet NaN.
+INLINE __m512i round_bf16(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
+}
+INLINE __m256i to_bf16(Vec a) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(a.v), 16));
+}
+INLINE __m256i to_f16(Vec a) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+INLINE Vec from_bf16(__m256i h) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+
+INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+INLINE Vec load(const bf16* p) { return from_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE Vec load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+INLINE Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+INLINE Vec load(const bf16* p, int n) { return from_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
+INLINE Vec load(const f16* p, int n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
+}
+
+INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+INLINE void store(bf16* p, Vec a) { _mm256_storeu_si256((__m256i*)p, to_bf16(a)); }
+INLINE void store(f16* p, Vec a) { _mm256_storeu_si256((__m256i*)p, to_f16(a)); }
+INLINE void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+INLINE void store(bf16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(a)); }
+INLINE void store(f16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first(n), to_f16(a)); }
+
+// Past the caches; p must be aligned to the bytes stored.
+INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+INLINE void stream(bf16* p, Vec a) { _mm256_stream_si256((__m256i*)p, to_bf16(a)); }
+INLINE void stream(f16* p, Vec a) { _mm256_stream_si256((__m256i*)p, to_f16(a)); }
+INLINE void stream_fence() { _mm_sfence(); }
+
+// The first n lanes of a, zero in the others.
+INLINE Vec keep(Vec a, int n) { return {_mm512_maskz_mov_ps(first(n), a.v)}; }
+
+// The value after a round trip through T.
+INLINE Vec rounded(const float*, Vec a) { return a; }
+INLINE Vec rounded(const bf16*, Vec a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(round_bf16(a.v), _mm512_set1_epi32(-65536)))};
+}
+INLINE Vec rounded(const f16*, Vec a) { return {_mm512_cvtph_ps(to_f16(a))}; }

@@ -1,0 +1,85 @@
+// The vector vocabulary on AArch64 NEON: 4 floats. fp16 conversion is part of the base
+// architecture.
+
+constexpr int W = 4;
+
+struct Vec {
+  float32x4_t v;
+};
+
+INLINE Vec zero() { return {vdupq_n_f32(0.0f)}; }
+INLINE Vec set1(float x) { return {vdupq_n_f32(x)}; }
+INLINE Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
+INLINE Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
+INLINE Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
+INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+INLINE float hsum(Vec a) { return vaddvq_f32(a.v); }
+
+// bf16 is the upper half of a float: rounding half to even adds 0x7fff plus the last kept bit; NaN
+// stays a quiet NaN.
+INLINE uint32x4_t round_bf16(float32x4_t v) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(v);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t up = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  return vbslq_u32(vceqq_f32(v, v), up, vorrq_u32(bits, vdupq_n_u32(0x400000)));
+}
+INLINE uint16x4_t to_bf16(Vec a) { return vshrn_n_u32(round_bf16(a.v), 16); }
+INLINE uint16x4_t to_f16(Vec a) { return vreinterpret_u16_f16(vcvt_f16_f32(a.v)); }
+INLINE Vec from_bf16(uint16x4_t h) {
+  return {vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(h), 16))};
+}
+INLINE Vec from_f16(uint16x4_t h) { return {vcvt_f32_f16(vreinterpret_f16_u16(h))}; }
+
+INLINE uint16x4_t load_halves(const void* p, int n) {
+  uint16_t lanes[4] = {0, 0, 0, 0};
+  for (int i = 0; i < n; ++i) lanes[i] = ((const uint16_t*)p)[i];
+  return vld1_u16(lanes);
+}
+INLINE void store_halves(void* p, uint16x4_t h, int n) {
+  uint16_t lanes[4];
+  vst1_u16(lanes, h);
+  for (int i = 0; i < n; ++i) ((uint16_t*)p)[i] = lanes[i];
+}
+
+INLINE Vec load(const float* p) { return {vld1q_f32(p)}; }
+INLINE Vec load(const bf16* p) { return from_bf16(vld1_u16((const uint16_t*)p)); }
+INLINE Vec load(const f16* p) { return from_f16(vld1_u16((const uint16_t*)p)); }
+INLINE Vec load(const float* p, int n) {
+  float lanes[4] = {0, 0, 0, 0};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return {vld1q_f32(lanes)};
+}
+INLINE Vec load(const bf16* p, int n) { return from_bf16(load_halves(p, n)); }
+INLINE Vec load(const f16* p, int n) { return from_f16(load_halves(p, n)); }
+
+INLINE void store(float* p, Vec a) { vst1q_f32(p, a.v); }
+INLINE void store(bf16* p, Vec a) { vst1_u16((uint16_t*)p, to_bf16(a)); }
+INLINE void store(f16* p, Vec a) { vst1_u16((uint16_t*)p, to_f16(a)); }
+INLINE void store(float* p, Vec a, int n) {
+  float lanes[4];
+  vst1q_f32(lanes, a.v);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+INLINE void store(bf16* p, Vec a, int n) { store_halves(p, to_bf16(a), n); }
+INLINE void store(f16* p, Vec a, int n) { store_halves(p, to_f16(a), n); }
+
+// No store here bypasses the caches in a way worth having.
+template <class T>
+INLINE void stream(T* p, Vec a) {
+  store(p, a);
+}
+INLINE void stream_fence() {}
+
+// The first n lanes of a, zero in the others.
+INLINE Vec keep(Vec a, int n) {
+  const int32_t at[4] = {0, 1, 2, 3};
+  const uint32x4_t mask = vcltq_s32(vld1q_s32(at), vdupq_n_s32(n));
+  return {vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a.v), mask))};
+}
+
+// The value after a round trip through T.
+INLINE Vec rounded(const float*, Vec a) { return a; }
+INLINE Vec rounded(const bf16*, Vec a) {
+  return {vreinterpretq_f32_u32(vandq_u32(round_bf16(a.v), vdupq_n_u32(0xffff0000u)))};
+}
+INLINE Vec rounded(const f16*, Vec a) { return from_f16(to_f16(a)); }

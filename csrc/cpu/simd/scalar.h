@@ -1,0 +1,107 @@
+// The vector vocabulary for any CPU: four floats in the compiler's own vector type, no intrinsics.
+
+constexpr int W = 4;
+
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef uint32_t u32x4 __attribute__((vector_size(16)));
+typedef int32_t i32x4 __attribute__((vector_size(16)));
+
+struct Vec {
+  f32x4 v;
+};
+
+INLINE Vec set1(float x) { return {f32x4{x, x, x, x}}; }
+INLINE Vec zero() { return set1(0.0f); }
+INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+// Rounded twice: a software fused multiply-add would cost more than the kernel.
+INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+INLINE float hsum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+
+// bf16 is the upper half of a float: rounding half to even adds 0x7fff plus the last kept bit; NaN
+// stays a quiet NaN.
+INLINE u32x4 round_bf16(f32x4 v) {
+  const u32x4 bits = (u32x4)v, up = bits + (((bits >> 16) & 1) + 0x7fff);
+  const u32x4 number = (u32x4)(v == v);
+  return (up & number) | ((bits | 0x400000) & ~number);
+}
+INLINE u32x4 to_half(const bf16*, f32x4 v) { return round_bf16(v) >> 16; }
+INLINE f32x4 from_half(const bf16*, u32x4 h) { return (f32x4)(h << 16); }
+
+INLINE u32x4 pick(i32x4 mask, u32x4 yes, u32x4 no) {
+  return ((u32x4)mask & yes) | (~(u32x4)mask & no);
+}
+
+INLINE f32x4 from_half(const f16*, u32x4 h) {
+  const u32x4 sign = (h & 0x8000) << 16, rest = h & 0x7fff;
+  // Zero and subnormals are a small integer times 2^-24, exactly.
+  const u32x4 small = (u32x4)(__builtin_convertvector((i32x4)rest, f32x4) * 0x1p-24f);
+  const u32x4 normal = (rest << 13) + 0x38000000, special = (rest << 13) + 0x70000000;
+  return (f32x4)(sign | pick(rest < 0x400, small, pick(rest < 0x7c00, normal, special)));
+}
+INLINE u32x4 to_half(const f16*, f32x4 v) {
+  const u32x4 bits = (u32x4)v, sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+  const u32x4 nan = ((rest >> 13) & 0x3ff) | 0x7e00, inf = {0x7c00, 0x7c00, 0x7c00, 0x7c00};
+  const u32x4 normal = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
+  // Below 2^-14 the float unit rounds for us: at 0.5 a float's last bit is 2^-24, that of a
+  // subnormal half.
+  const u32x4 small = (u32x4)((f32x4)rest + 0.5f) - 0x3f000000;
+  const u32x4 finite = pick(rest < 0x38800000, small, normal);
+  // From 65520 on, values round to infinity.
+  return sign | pick(rest > 0x7f800000, nan, pick(rest >= 0x477ff000, inf, finite));
+}
+
+INLINE Vec load(const float* p) {
+  Vec a;
+  __builtin_memcpy(&a, p, 16);
+  return a;
+}
+INLINE Vec load(const float* p, int n) {
+  Vec a = zero();
+  for (int i = 0; i < n; ++i) a.v[i] = p[i];
+  return a;
+}
+INLINE void store(float* p, Vec a) { __builtin_memcpy(p, &a, 16); }
+INLINE void store(float* p, Vec a, int n) {
+  for (int i = 0; i < n; ++i) p[i] = a.v[i];
+}
+
+template <class T>
+INLINE Vec load(const T* p) {
+  return {from_half(p, u32x4{p[0].bits, p[1].bits, p[2].bits, p[3].bits})};
+}
+template <class T>
+INLINE Vec load(const T* p, int n) {
+  u32x4 h = {0, 0, 0, 0};
+  for (int i = 0; i < n; ++i) h[i] = p[i].bits;
+  return {from_half(p, h)};
+}
+template <class T>
+INLINE void store(T* p, Vec a, int n) {
+  const u32x4 h = to_half(p, a.v);
+  for (int i = 0; i < n; ++i) p[i].bits = uint16_t(h[i]);
+}
+template <class T>
+INLINE void store(T* p, Vec a) {
+  store(p, a, W);
+}
+
+template <class T>
+INLINE void stream(T* p, Vec a) {
+  store(p, a);
+}
+INLINE void stream_fence() {}
+
+// The first n lanes of a, zero in the others.
+INLINE Vec keep(Vec a, int n) {
+  for (int i = n; i < W; ++i) a.v[i] = 0.0f;
+  return a;
+}
+
+// The value after a round trip through T.
+INLINE Vec rounded(const float*, Vec a) { return a; }
+template <class T>
+INLINE Vec rounded(const T* p, Vec a) {
+  return {from_half(p, to_half(p, a.v))};
+}

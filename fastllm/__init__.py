@@ -1,0 +1,13 @@
+"""fastllm: fused kernels that make an existing PyTorch model train and run faster, on CPU and GPU.
+
+    import fastllm
+    handle = fastllm.swap(model)   # in place, reversible, proven: handle.report(), handle.restore()
+
+See fastllm.functional, fastllm.nn, and `fastllm --help`.
+"""
+
+from fastllm import functional as functional
+from fastllm.core.backend import backend as backend
+from fastllm.core.errors import UnsupportedError as UnsupportedError
+
+__version__ = "0.1.0"

@@ -1,0 +1,117 @@
+"""Registers an op with torch's dispatcher: `torch.ops.fastllm.<name>` and `<name>_backward`.
+
+define/impl costs a quarter of `custom_op` per call. The dispatcher ops carry the chosen backend's
+name as their last argument, so that a compiled graph keeps the choice in force when it was traced.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllm.core.op import Op
+
+LIBRARY = torch.library.Library("fastllm", "DEF")
+
+
+def register(op: Op) -> Op:
+    """Defines the dispatcher ops of `op`, with fake kernels, autograd and autocast."""
+    name = f"fastllm::{op.name}"
+    schema = op.schema
+    LIBRARY.define(f"{op.name}({schema.params}, str? backend) -> {schema.returns}")
+    LIBRARY.define(
+        f"{op.name}_backward({schema.backward_params}, bool[] needs, str? backend)"
+        f" -> {schema.backward_returns}"
+    )
+    LIBRARY.impl(op.name, _forward(op), "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{op.name}_backward", _backward(op), "CompositeExplicitAutograd")
+    torch.library.register_fake(name, _fake(op), lib=LIBRARY)
+    torch.library.register_fake(f"{name}_backward", _fake_backward(op), lib=LIBRARY)
+    _register_autograd(op, name)
+    for device, dtype in op.autocast.items():
+        torch.library.register_autocast(name, device, dtype, lib=LIBRARY)
+    op.packet = getattr(torch.ops.fastllm, op.name).default
+    return op
+
+
+def _own(value: Any) -> Any:
+    """Contiguous, as the fake kernel says; composite code may keep the input's strides."""
+    return value.contiguous() if isinstance(value, Tensor) else tuple(v.contiguous() for v in value)
+
+
+def _forward(op: Op) -> Any:
+    def run(*args: Any) -> Any:
+        *resolved, backend = map(_tuple, args)
+        op.check(*resolved)
+        out = op.select(tuple(resolved), backend).forward(*resolved)
+        return _own(out)
+
+    return run
+
+
+def _backward(op: Op) -> Any:
+    def run(*args: Any) -> Any:
+        *given, needs, backend = map(_tuple, args)
+        grads, saved = given[: op.outputs], given[op.outputs :]
+        chosen = op.select(op.forward_args(saved), backend)
+        results = (chosen.backward or op.reference_backward)(
+            *op.first_grad(grads, saved), *saved, needs
+        )
+        like = saved[op.saved_tensors[0]]
+        results = [like.new_empty(0) if r is None else r.contiguous() for r in results]
+        return results[0] if op.results == 1 else tuple(results)
+
+    return run
+
+
+def _fake(op: Op) -> Any:
+    def run(*args: Any) -> Any:
+        return op.fake(*args[:-1])
+
+    return run
+
+
+def _fake_backward(op: Op) -> Any:
+    def run(*args: Any) -> Any:
+        *given, needs, _ = args
+        saved = given[op.outputs :]
+        like = saved[op.saved_tensors[0]]
+        shapes = op.fake_backward(*saved)
+        results = [
+            s if needed and s is not None else like.new_empty(0)
+            for s, needed in zip(shapes, needs, strict=True)
+        ]
+        return results[0] if op.results == 1 else tuple(results)
+
+    return run
+
+
+def _register_autograd(op: Op, name: str) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        saved = op.saved(inputs[:-1], output)
+        ctx.save_for_backward(*[saved[i] for i in op.saved_tensors])
+        ctx.rest = [None if i in op.saved_tensors else value for i, value in enumerate(saved)]
+        ctx.backend = inputs[-1]
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        saved = list(ctx.rest)
+        for i, tensor in zip(op.saved_tensors, ctx.saved_tensors, strict=True):
+            saved[i] = tensor
+        wanted = ctx.needs_input_grad[:-1]
+        needs = op.needs(wanted)
+        upstream = op.first_grad(grads, saved)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            results = op.reference_backward(*upstream, *saved, needs)
+        else:
+            packet = getattr(torch.ops.fastllm, f"{op.name}_backward").default
+            results = packet(*upstream, *saved, list(needs), ctx.backend)
+            results = (results,) if op.results == 1 else results
+        results = [r if needed else None for r, needed in zip(results, needs, strict=True)]
+        return (*op.scatter(results, len(wanted)), None)
+
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,251 @@
+"""An op: one definition, several backends, one way to call it.
+
+A plain eager call takes a short path: pick a backend, run it, wrap it in an autograd.Function when
+a gradient is needed. torch.compile, tensor subclasses, dispatch modes and autocast go through the
+dispatcher op `torch.ops.fastllm.<name>` (dispatch.py); functorch transforms and forward-mode AD get
+plain torch code that they can transform.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from fastllm.core.backend import BACKENDS, Backend, check_name, choice
+from fastllm.core.cases import Case, Cost
+from fastllm.core.errors import UnsupportedError
+
+OPS: dict[str, "Op"] = {}
+
+_PLAIN = frozenset((Tensor, Parameter))
+_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_autocast = torch._C._is_any_autocast_enabled
+_tracing = torch._C._get_tracing_state
+_grad_enabled = torch.is_grad_enabled
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The dispatcher's view of an op, in the dispatcher's own notation, without the parentheses."""
+
+    params: str
+    returns: str
+    backward_params: str
+    backward_returns: str
+
+
+@dataclass(eq=False)
+class Op:
+    """A differentiable op. All callables take the op's resolved arguments in order.
+
+    tensors            positions of the tensor arguments
+    saved              saved(args, outputs): what backward takes after the gradients
+    saved_tensors      positions of tensors in it
+    gradients          argument position -> position in backward's result
+    check              raises ValueError or TypeError that names the argument
+    fake               shapes and dtypes of the outputs, without computing
+    fake_backward      the same for the gradients: fake_backward(*saved)
+    reference          plain torch, any dtype; in float64 it is the oracle
+    reference_backward plain torch, itself differentiable: reference_backward(*grads, *saved, needs)
+    forward_args       the forward arguments that select() sees in backward: forward_args(saved)
+    autocast           dtype that autocast casts floating inputs to, by device type
+    mutates            positions of tensors that forward writes in place
+    """
+
+    name: str
+    family: str
+    schema: Schema
+    tensors: tuple[int, ...]
+    saved: Callable[[tuple, Any], tuple]
+    saved_tensors: tuple[int, ...]
+    gradients: dict[int, int]
+    check: Callable[..., None]
+    fake: Callable[..., Any]
+    fake_backward: Callable[..., tuple]
+    reference: Callable[..., Any]
+    reference_backward: Callable[..., tuple]
+    implementations: Sequence[Backend]
+    cost: Callable[..., Cost]
+    forward_args: Callable[[tuple], tuple] = tuple
+    cases: tuple[Case, ...] = ()
+    autocast: dict[str, torch.dtype] = field(default_factory=dict)
+    mutates: tuple[int, ...] = ()
+    outputs: int = 1
+
+    def __post_init__(self) -> None:
+        found = {b.name: b for b in self.implementations}
+        self.backends = {name: found[name] for name in BACKENDS if name in found}
+        self.results = max(self.gradients.values()) + 1 if self.gradients else 0
+        self._runnable: list[Backend] | None = None
+        self.packet: Any = None
+        if self.name in OPS:
+            raise ValueError(f"name: an op {self.name!r} is registered already")
+        OPS[self.name] = self
+
+    # ---- calling
+
+    def __call__(self, *args: Any, backend: str | None = None) -> Any:
+        """Runs the op on resolved arguments; `backend` forces one."""
+        if torch.compiler.is_compiling():
+            return self.dispatch(args, backend)
+        grad = False
+        for i in self.tensors:
+            tensor = args[i]
+            if tensor is None:
+                continue
+            if type(tensor) not in _PLAIN:
+                self.require_tensor(i, tensor)
+                return self.dispatch(args, backend)
+            grad = grad or tensor.requires_grad
+        if _modes() or _function_modes() or _tracing() or _autocast():
+            return self.dispatch(args, backend)
+        if _transforms() is not None or forward_ad._current_level >= 0:
+            return self.composite(args, backend)
+        self.check(*args)
+        run = self.select(args, backend)
+        if run.backward is None:
+            return run.forward(*args)
+        if grad and _grad_enabled():
+            return _Call.apply(self, run, *args)
+        out = run.forward(*args)
+        if self.mutates:
+            self.bump(args)
+        return out
+
+    def dispatch(self, args: tuple, backend: str | None) -> Any:
+        """The call through torch's dispatcher: compile, subclasses, modes and autocast see it."""
+        if self.packet is None:
+            raise RuntimeError(f"fastllm.{self.name} is not registered with the dispatcher")
+        name = choice.name if backend is None else check_name(backend)
+        if name is not None and name in self.backends and self.backends[name].backward is None:
+            return self.composite(args, name)
+        return self.packet(*args, name)
+
+    def composite(self, args: tuple, backend: str | None) -> Any:
+        """The call as plain torch code, which functorch and forward-mode AD can transform."""
+        self.check(*args)
+        name = choice.name if backend is None else check_name(backend)
+        if name in (None, "torch", "reference"):
+            run = self.select(args, name or "torch")
+            return run.forward(*args)
+        raise UnsupportedError(
+            f"fastllm.{self.name}: backend {name!r} cannot run under a functorch transform or "
+            "forward-mode AD; use backend='torch' or 'reference'"
+        )
+
+    def require_tensor(self, position: int, value: Any) -> None:
+        """TypeError that names the argument, unless it is a tensor or a subclass of it."""
+        if not isinstance(value, Tensor):
+            name = self.schema.params.split(", ")[position].split()[-1]
+            raise TypeError(f"{name}: expected a Tensor, found {type(value).__name__}")
+
+    def bump(self, args: tuple) -> None:
+        """Tells autograd which tensors were written in place."""
+        torch.autograd.graph.increment_version([args[i] for i in self.mutates])
+
+    # ---- choosing
+
+    def select(self, args: tuple, backend: str | None = None) -> Backend:
+        """The backend that runs `args`: the one asked for, else the first that can."""
+        name = choice.name if backend is None else check_name(backend)
+        if name is not None:
+            run = self.backends.get(name)
+            if run is not None and run.missing is None and run.supports(*args) is None:
+                return run
+            raise self.unsupported(args, name)
+        runnable = self._runnable
+        if runnable is None:
+            runnable = self._runnable = [b for b in self.backends.values() if b.missing is None]
+        for run in runnable:
+            if run.supports(*args) is None:
+                return run
+        raise self.unsupported(args, None)
+
+    def why_not(self, name: str, args: tuple) -> str | None:
+        """Why backend `name` cannot serve `args`, or None when it can."""
+        run = self.backends.get(name)
+        if run is None:
+            return f"{self.name} has no such backend"
+        return run.missing or run.supports(*args)
+
+    def unsupported(self, args: tuple, name: str | None) -> UnsupportedError:
+        """The error that tells every backend's reason."""
+        what = f"backend {name!r} cannot" if name else "no backend can"
+        seen = ", ".join(describe(args[i]) for i in self.tensors if args[i] is not None)
+        rows = [f"  {n}: {self.why_not(n, args) or 'can serve it'}" for n in self.backends]
+        if name is not None and name not in self.backends:
+            rows.append(f"  {name}: {self.name} has no such backend")
+        return UnsupportedError("\n".join([f"fastllm.{self.name}: {what} serve ({seen})", *rows]))
+
+    # ---- gradients
+
+    def scatter(self, results: Sequence[Tensor | None], count: int) -> list[Tensor | None]:
+        """Backward's results as gradients of the `count` forward arguments."""
+        grads: list[Tensor | None] = [None] * count
+        for argument, result in self.gradients.items():
+            grads[argument] = results[result]
+        return grads
+
+    def needs(self, wanted: Sequence[bool]) -> tuple[bool, ...]:
+        """Which of backward's results are wanted, from which arguments' gradients are."""
+        out = [False] * self.results
+        for argument, result in self.gradients.items():
+            out[result] = out[result] or wanted[argument]
+        return tuple(out)
+
+    def first_grad(
+        self, grads: Sequence[Tensor | None], saved: Sequence[Any]
+    ) -> list[Tensor | None]:
+        """The upstream gradients with the first one made real: later ones may be None."""
+        first = grads[0]
+        if first is None:
+            first = torch.zeros_like(saved[self.saved_tensors[0]])
+        return [first, *grads[1:]]
+
+
+class _Call(torch.autograd.Function):
+    """The eager call with gradients. `ctx`-style: setup_context costs several microseconds more."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, run: Backend, *args: Any) -> Any:
+        out = run.forward(*args)
+        saved = op.saved(args, out)
+        ctx.save_for_backward(*[saved[i] for i in op.saved_tensors])
+        ctx.call = (op, run, saved if not op.saved_tensors else _without_tensors(op, saved))
+        if op.outputs > 1:
+            ctx.set_materialize_grads(False)
+        if op.mutates:
+            ctx.mark_dirty(*[args[i] for i in op.mutates])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        op, run, rest = ctx.call
+        saved = list(rest)
+        for i, tensor in zip(op.saved_tensors, ctx.saved_tensors, strict=True):
+            saved[i] = tensor
+        wanted = ctx.needs_input_grad[2:]
+        # create_graph: plain torch code, so that the gradient can be differentiated again
+        backward = op.reference_backward if _grad_enabled() else run.backward
+        results = backward(*op.first_grad(grads, saved), *saved, op.needs(wanted))
+        return (None, None, *op.scatter(results, len(wanted)))
+
+
+def _without_tensors(op: Op, saved: tuple) -> list[Any]:
+    rest = list(saved)
+    for i in op.saved_tensors:
+        rest[i] = None
+    return rest
+
+
+def describe(value: Any) -> str:
+    """A tensor in an error message: dtype, shape, device."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"

@@ -1,0 +1,14 @@
+"""Functions with torch.nn.functional's names, argument order and semantics, plus the fused ones.
+
+Every function takes `backend=` to force an implementation; without it, the best one here runs.
+"""
+
+from fastllm.ops.norm import (
+    add_layer_norm,
+    add_rms_norm,
+    group_norm,
+    layer_norm,
+    rms_norm,
+)
+
+__all__ = ["add_layer_norm", "add_rms_norm", "group_norm", "layer_norm", "rms_norm"]

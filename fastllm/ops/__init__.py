@@ -1,0 +1,3 @@
+"""Every op family, one folder each. Importing this package registers them all."""
+
+from fastllm.ops import norm as norm

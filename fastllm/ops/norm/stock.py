@@ -1,0 +1,106 @@
+"""Stock PyTorch: the baseline, and what runs where no kernel of ours serves or wins."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastllm.core.backend import Backend
+from fastllm.ops.norm.spec import require_float
+
+Shape = tuple[int, ...]
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Shape, weight: Tensor | None, eps: float, weight_offset: float
+) -> Tensor:
+    return F.rms_norm(input, normalized_shape, _offset(weight, weight_offset), eps)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+) -> Tensor:
+    weight = _ones(bias) if weight is None else _offset(weight, weight_offset)
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Shape,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+) -> tuple[Tensor, Tensor]:
+    h = input + residual
+    return rms_norm(h, normalized_shape, weight, eps, weight_offset), h
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+) -> tuple[Tensor, Tensor]:
+    h = input + residual
+    return layer_norm(h, normalized_shape, weight, bias, eps, weight_offset), h
+
+
+def group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return F.group_norm(input, num_groups, _ones(bias) if weight is None else weight, bias, eps)
+
+
+def refused(input: Tensor, dtype: torch.dtype, *params: Tensor | None) -> str | None:
+    """Why stock layer_norm and group_norm refuse these dtypes, or None."""
+    require_float("input", input)
+    low_on_cpu = dtype.itemsize == 2 and input.is_cpu
+    for p in params:
+        if p is None or p.dtype == dtype or (low_on_cpu and p.dtype == torch.float32):
+            continue
+        return f"torch has no kernel for {dtype} input with {p.dtype} parameters"
+    return None
+
+
+def _ones(bias: Tensor | None) -> Tensor | None:
+    """torch 2.13 fails on a bias without a weight (mixed dtypes; group_norm's backward)."""
+    return None if bias is None else torch.ones_like(bias)
+
+
+def _offset(weight: Tensor | None, offset: float) -> Tensor | None:
+    return weight if weight is None or offset == 0.0 else weight + offset
+
+
+def _layer_norm_refused(
+    x: Tensor, shape: Shape, w: Tensor | None, b: Tensor | None, *_: Any
+) -> str | None:
+    return refused(x, x.dtype, w, b)
+
+
+def _add_layer_norm_refused(
+    x: Tensor, r: Tensor, shape: Shape, w: Tensor | None, b: Tensor | None, *_: Any
+) -> str | None:
+    return refused(x, torch.result_type(x, r), w, b)
+
+
+def _floating(x: Tensor, *_: Any) -> None:
+    require_float("input", x)
+
+
+BACKENDS = {
+    "rms_norm": Backend("torch", rms_norm, supports=_floating),
+    "layer_norm": Backend("torch", layer_norm, supports=_layer_norm_refused),
+    "add_rms_norm": Backend("torch", add_rms_norm, supports=_floating),
+    "add_layer_norm": Backend("torch", add_layer_norm, supports=_add_layer_norm_refused),
+    "group_norm": Backend("torch", group_norm, supports=_layer_norm_refused),
+}

@@ -1,0 +1,42 @@
+"""Options, device markers and settings for every test."""
+
+import os
+
+# no test touches the network, whatever it imports
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("fastllm", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("fastllm")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="run every case, not the pruned set")
+
+
+def pytest_configure(config):
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+
+
+def pytest_collection_modifyitems(config, items):
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    pruned = pytest.mark.skip(reason="only with --exhaustive")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "slow" in item.keywords and not config.getoption("--exhaustive"):
+            item.add_marker(pruned)
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    """Every test starts from the same random state and leaves the thread count alone."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
