@@ -9,8 +9,9 @@ The user's parameters, attributes and hooks are neither run nor touched.
 import inspect
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +106,13 @@ def identify(module: nn.Module, backend: str | None) -> tuple[Norm, float] | str
     if own not in DTYPES:
         return f"its parameters are {str(own).removeprefix('torch.')}"
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), _no_autocast(device):
+    with (
+        torch.random.fork_rng(devices=cuda),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # about dtype pairs that nobody asked for
         torch.manual_seed(0)
         return _identify(_Probe(module, parts, device), own, backend)
 
@@ -136,10 +143,6 @@ def _identify(probe: "_Probe", own: torch.dtype, backend: str | None) -> tuple[N
         kind, parts.weight, parts.bias, eps, offset, served, autocast, parts.argument, backend
     )
     return chosen, error[mine]
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, enabled=False)
 
 
 class _Probe:

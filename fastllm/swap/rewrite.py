@@ -15,13 +15,15 @@ whose test cannot depend on the sum is handled by moving addition and norm into 
 
 import ast
 import copy
+import inspect
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 
 from fastllm.swap.fused import add_norm, norm_of_sum
-from fastllm.swap.recompile import Unfusable, parse, plain_forward, recompile
+from fastllm.swap.recompile import Unfusable, definition, plain_forward, rewritten
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,27 @@ class FuseAdds:
         }
         try:
             function = plain_forward(base)
-            node = parse(function)
-            _Rewriter(node, self.norms).run()
-            return {**helpers, "forward": recompile(function, node)}
+            change = rewritten(function, lambda node: _Rewriter(node, self.norms).run())
+            return {**helpers, "forward": change}
         except Unfusable:  # a pickle loaded where the source is another one: the original runs
             return helpers
 
 
 def sites(base: type, block: nn.Module) -> tuple[str, ...]:
-    """Names of the children of `block` that its forward calls on a sum; raises Unfusable."""
+    """Names of the children of `block` that its forward calls on a sum.
+
+    Raises Unfusable where there are some and the forward cannot be rewritten, or has no source to tell.
+    """
     names = tuple(name for name, child in block._modules.items() if child is not None)
-    rewriter = _Rewriter(parse(plain_forward(base)), names, block)
+    inner = inspect.unwrap(base.forward)  # type: ignore[attr-defined]
+    if not isinstance(inner, FunctionType):
+        return ()
+    rewriter = _Rewriter(definition(inner), names, block)
     rewriter.run()
-    return tuple(dict.fromkeys(rewriter.found))
+    found = tuple(dict.fromkeys(rewriter.found))
+    if found:
+        rewritten(plain_forward(base), lambda node: _Rewriter(node, found).run())
+    return found
 
 
 class _Rewriter:
@@ -68,12 +78,12 @@ class _Rewriter:
         self.dead = 0
         self.count = 0
 
-    def run(self) -> None:
+    def run(self) -> ast.FunctionDef:
         stored = (n for n in ast.walk(self.node) if isinstance(n, ast.Name))
         if any(n.id == self.me and not isinstance(n.ctx, ast.Load) for n in stored):
             raise Unfusable(f"its forward assigns to {self.me}")
         self.node.body = self.statements(self.node.body)
-        ast.fix_missing_locations(self.node)
+        return self.node
 
     def statements(self, body: list[ast.stmt]) -> list[ast.stmt]:
         body = list(body)
