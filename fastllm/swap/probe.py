@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from fastllm.core.errors import UnsupportedError
 from fastllm.core.proof import compare, relative_error
@@ -50,10 +51,10 @@ def structure(module: nn.Module) -> Structure | str:
     if buffers:
         return f"it keeps buffers ({', '.join(buffers)})"
     params = {n: p for n, p in module._parameters.items() if p is not None}
-    if any(not type(p).__name__.startswith("Uninit") and p.dim() != 1 for p in params.values()):
-        return "its parameters are not one-dimensional"
-    if any(type(p).__name__.startswith("Uninit") for p in params.values()):
+    if any(isinstance(p, UninitializedTensorMixin) for p in params.values()):
         return "its parameters are not initialized yet"
+    if any(p.dim() != 1 for p in params.values()):
+        return "its parameters are not one-dimensional"
     bias = next((n for n in params if n in BIASES), None)
     weights = [n for n in params if n != bias]
     if len(weights) > 1 or (bias and not weights) or len({p.shape for p in params.values()}) > 1:
@@ -76,6 +77,8 @@ def _last_size(module: nn.Module) -> int:
 
 def signature(module: nn.Module) -> Any:
     """Modules of one signature behave alike and are probed once; None: cannot tell."""
+    if any(isinstance(p, UninitializedTensorMixin) for p in module._parameters.values()):
+        return None
     values = []
     for name, value in vars(module).items():
         if name.startswith("_") or name == "training":

@@ -88,7 +88,7 @@ class _Rewriter:
     def statements(self, body: list[ast.stmt]) -> list[ast.stmt]:
         body = list(body)
         out: list[ast.stmt] = []
-        at = 0
+        at = left = 0
         while at < len(body):
             name = _sum(body[at])
             if name is not None:
@@ -96,7 +96,11 @@ class _Rewriter:
             if _sum(body[at]) is not None:
                 self.fuse(body, at)
             out.append(self.inside(body[at]))
+            if self.leaves(body[at]):
+                left += 1
+                self.dead += 1
             at += 1
+        self.dead -= left
         return out
 
     def split(self, body: list[ast.stmt], at: int, name: str) -> None:
@@ -212,6 +216,11 @@ class _Rewriter:
             return None
         flag = vars(self.block).get(test.attr)
         return None if type(flag) is not bool else "body" if flag else "orelse"
+
+    def leaves(self, statement: ast.stmt) -> bool:
+        """Whether `if self.flag:` always takes a branch that ends the function."""
+        taken = getattr(statement, self.alive(statement) or "", None)
+        return bool(taken) and isinstance(taken[-1], ast.Return | ast.Raise)
 
     def note(self, call: ast.Call) -> None:
         if not self.dead:
