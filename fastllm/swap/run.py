@@ -58,7 +58,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
             if list(now) != list(before) or any(now[k] is not v for k, v in before.items()):
                 now.clear()
                 now.update(before)
-            if list(module._buffers.items()) != list(names.items()):
+            if any(module._buffers.get(k) is not v for k, v in names.items()):
                 module._buffers.clear()
                 module._buffers.update(names)
         with torch.no_grad():
