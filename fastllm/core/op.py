@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -24,6 +26,7 @@ from fastllm.core.fast import GUARDS
 OPS: dict[str, "Op"] = {}
 
 _PLAIN = frozenset((Tensor, Parameter))
+_TRACED = (FakeTensor, FunctionalTensor)
 _modes, _function_modes, _transforms, _autocast, _tracing = GUARDS
 _grad_enabled = torch.is_grad_enabled
 
@@ -53,6 +56,7 @@ class Op:
     reference_backward plain torch, itself differentiable: reference_backward(*grads, *saved, needs)
     forward_args       the forward arguments that select() sees in backward: forward_args(saved)
     autocast           dtype that autocast casts floating inputs to, by device type
+    autocast_composite device types on which autocast gets plain torch code instead
     mutates            positions of tensors that forward writes in place
     """
 
@@ -73,6 +77,7 @@ class Op:
     forward_args: Callable[[tuple], tuple] = tuple
     cases: tuple[Case, ...] = ()
     autocast: dict[str, torch.dtype] = field(default_factory=dict)
+    autocast_composite: tuple[str, ...] = ()
     mutates: tuple[int, ...] = ()
     outputs: int = 1
 
@@ -82,7 +87,7 @@ class Op:
         self.results = max(self.gradients.values()) + 1 if self.gradients else 0
         self._runnable: list[Backend] | None = None
         self.fastest = next((b for b in found.values() if b.fast is not None), None)
-        self.fast = self.fastest and self.fastest.fast
+        self.fast = None if self.fastest is None else self.fastest.fast
         self.with_grad = _differentiable(self)
         self.packet: Any = None
         if self.name in OPS:
@@ -108,7 +113,9 @@ class Op:
                 continue
             if type(tensor) not in _PLAIN:
                 self.require_tensor(i, tensor)
-                return self.dispatch(args, backend)
+                # a foreign subclass (DTensor, a quantized weight) knows torch's ops, not ours
+                known = isinstance(tensor, _TRACED)
+                return self.dispatch(args, backend) if known else self.composite(args, backend)
             grad = grad or tensor.requires_grad
         if _modes() or _function_modes() or _tracing() or _autocast():
             return self.dispatch(args, backend)
@@ -132,18 +139,22 @@ class Op:
         name = choice.name if backend is None else check_name(backend)
         if name is not None and name in self.backends and self.backends[name].backward is None:
             return self.composite(args, name)
+        for device in self.autocast_composite:
+            if torch.is_autocast_enabled(device) and args[0].device.type == device:
+                return self.composite(args, name)
         return self.packet(*args, name)
 
     def composite(self, args: tuple, backend: str | None) -> Any:
         """The call as plain torch code, which functorch and forward-mode AD can transform."""
         self.check(*args)
         name = choice.name if backend is None else check_name(backend)
-        if name in (None, "torch", "reference"):
-            run = self.select(args, name or "torch")
-            return run.forward(*args)
+        for run in self.backends.values():
+            allowed = run.name in ("torch", "reference") and name in (None, run.name)
+            if allowed and run.supports(*args) is None:
+                return run.forward(*args)
         raise UnsupportedError(
-            f"fastllm.{self.name}: backend {name!r} cannot run under a functorch transform or "
-            "forward-mode AD; use backend='torch' or 'reference'"
+            f"fastllm.{self.name}: backend {name or 'auto'!r} cannot run under a functorch "
+            "transform, forward-mode AD or a tensor subclass; torch and reference can"
         )
 
     def require_tensor(self, position: int, value: Any) -> None:

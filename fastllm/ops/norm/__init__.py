@@ -93,6 +93,7 @@ add_rms_norm_op = register(
         implementations=_implementations("add_rms_norm"),
         cost=spec.cost_add_norm,
         cases=cases("add_rms_norm"),
+        autocast_composite=("cuda",),
     )
 )
 add_layer_norm_op = register(
@@ -114,6 +115,7 @@ add_layer_norm_op = register(
         implementations=_implementations("add_layer_norm"),
         cost=spec.cost_add_norm,
         cases=cases("add_layer_norm"),
+        autocast_composite=("cuda",),
     )
 )
 group_norm_op = register(
