@@ -74,7 +74,9 @@ def test_gradients_against_float64(name):
         y = outputs(model, inputs)
         upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
         params = dict(model.named_parameters())
-        found = torch.autograd.grad(y, list(params.values()), upstream.to(y.dtype), allow_unused=True)
+        found = torch.autograd.grad(
+            y, list(params.values()), upstream.to(y.dtype), allow_unused=True
+        )
         return y.detach(), {k: g for k, g in zip(params, found, strict=True) if g is not None}
 
     y, right = gradients(exact, doubles)

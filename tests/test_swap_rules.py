@@ -196,7 +196,10 @@ def test_dtype_pairs_that_differ_run_the_original():
     x = torch.randn(3, 24).bfloat16()
     assert model(x).dtype == torch.float32 and torch.equal(model(x), Llama.forward(model[0], x))
     served = type(model[0])._fastllm_recipe.served
-    assert (torch.float32, torch.float32) in served and (torch.bfloat16, torch.float32) not in served
+    assert (torch.float32, torch.float32) in served and (
+        torch.bfloat16,
+        torch.float32,
+    ) not in served
     model, report = swapped(Half())
     assert (torch.bfloat16, torch.float32) not in type(model[0])._fastllm_recipe.served
     assert model(x).dtype == torch.float16

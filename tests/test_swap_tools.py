@@ -175,7 +175,10 @@ def test_peft_lora():
     peft = pytest.importorskip("peft")
     model, inputs = build("llama")
     config = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["model.norm"], init_lora_weights=False
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["model.norm"],
+        init_lora_weights=False,
     )
     torch.manual_seed(0)
     wrapped = peft.get_peft_model(copy.deepcopy(model), config)
@@ -220,7 +223,9 @@ def test_accelerate_hooks(when):
     assert norm._old_forward.__func__ is type(norm).forward
     if when == "before":
         for m, before in zip(model.modules(), attributes, strict=True):
-            assert all(a == c and b is d for (a, b), (c, d) in zip(vars(m).items(), before, strict=True))
+            assert all(
+                a == c and b is d for (a, b), (c, d) in zip(vars(m).items(), before, strict=True)
+            )
     assert torch.equal(model(**inputs).logits, stock)
     remove_hook_from_submodules(model)
     assert torch.equal(model(**inputs).logits, stock)
