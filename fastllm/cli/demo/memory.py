@@ -13,6 +13,13 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+_CHILD = """
+import json, sys
+sys.path[:] = json.loads(sys.argv.pop(1))
+from fastllm.cli.demo.memory import main
+main()
+"""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -29,7 +36,7 @@ def peaks(
     children = {}
     try:
         for variant in variants:
-            command = [sys.executable, "-m", "fastllm.cli.demo.memory", variant]
+            command = [sys.executable, "-c", _CHILD, json.dumps(_import_path()), variant]
             command += ["--steps", str(steps), "--device", device, *(["--quick"] if quick else [])]
             command += ["--threads", str(threads)] if threads else []
             pipe = subprocess.PIPE
@@ -41,6 +48,11 @@ def peaks(
         for child in children.values():
             child.kill()
             child.communicate()
+
+
+def _import_path() -> list[str]:
+    """This process's, which has no current folder in it, and where this very package lies."""
+    return [*filter(None, sys.path), str(Path(__file__).resolve().parents[3])]
 
 
 def _finish(child: subprocess.Popen) -> Memory:
@@ -97,7 +109,3 @@ def main() -> None:
 
         torch.set_num_threads(args.threads)
     print(json.dumps(asdict(train(args.variant, args.quick, args.device, args.steps))))
-
-
-if __name__ == "__main__":
-    main()
