@@ -255,10 +255,10 @@ def test_source_that_is_not_what_runs(fused_calls):
 
 
 def test_closure_and_defaults():
-    scale = 3.0
+    scale, ones = 3.0, torch.ones(16)
 
     class Closed(Parts):
-        def forward(self, x, *, shift=torch.ones(16), times: int = 2):
+        def forward(self, x, *, shift=ones, times: int = 2):
             x = x * scale + self.f(x) * times
             return self.norm(x) + shift
 
@@ -321,7 +321,9 @@ def test_shapes_and_dtypes_that_differ_are_not_fused(fused_calls):
     model = Add()
     a, b = torch.randn(3, 5, 16), torch.randn(1, 16)
     cases = [(a, b), (a, a.bfloat16()), (a, 1.0), (a.double(), a)]
-    stock = [model.double()(*c) if c[0].dtype == torch.float64 else model.float()(*c) for c in cases]
+    stock = [
+        model.double()(*c) if c[0].dtype == torch.float64 else model.float()(*c) for c in cases
+    ]
     model.float()
     fastllm.swap(model)
     for case, expected in zip(cases, stock, strict=True):

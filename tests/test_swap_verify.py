@@ -1,4 +1,4 @@
-"""verify=: what is wrong is found, named and put back; the model and the world stay as they were."""
+"""verify=: what is wrong is found, named and put back; all else stays as it was."""
 
 import random
 
@@ -137,7 +137,9 @@ def test_nothing_of_the_run_stays():
 
 
 @pytest.mark.parametrize(
-    "inputs", [X, (X,), {"input": X}, [X, (X * 2,), {"input": -X}]], ids=["x", "tuple", "dict", "list"]
+    "inputs",
+    [X, (X,), {"input": X}, [X, (X * 2,), {"input": -X}]],
+    ids=["x", "tuple", "dict", "list"],
 )
 def test_forms_of_inputs(inputs):
     report = fastllm.swap(model(), verify=inputs).report()
