@@ -11,6 +11,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/pool.h"
+#include "fast_call.h"
 
 namespace py = pybind11;
 
@@ -159,6 +160,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CPU kernels on raw pointers; dtype codes: 0 float32, 1 bfloat16, 2 float16.";
   fastllm::guard_fork();
   fastllm::init_isa();
+  fastllm::def_fast_calls(m);
 
   def_kernel<rms_norm_fwd>(m, "rms_norm_fwd",
                            "dtype, weight_dtype, input, residual, weight, output, new_residual, "

@@ -277,6 +277,7 @@ def test_wrong_arguments_are_named(op):
 @given(rows=st.integers(0, 40), cols=st.integers(1, 700), seed=st.integers(0, 99))
 def test_any_matrix_matches_stock(rows, cols, seed):
     """Shapes nobody thought of, through the public functions."""
+    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     x, r = (torch.randn(rows, cols, generator=generator) for _ in range(2))
     w, b = (torch.randn(cols, generator=generator) for _ in range(2))
@@ -304,3 +305,16 @@ def _tensor_names(op):
 
 def _tuple(value):
     return value if isinstance(value, tuple) else (value,)
+
+
+class Wrapped(Tensor):
+    """A subclass that knows nothing of fastllm, as DTensor or a quantized weight."""
+
+
+@each_op
+def test_tensor_subclasses_keep_their_class(op):
+    args = typical(op).args()
+    wrapped = args[0].as_subclass(Wrapped)
+    for ours, stock in zip(_tuple(op(wrapped, *args[1:])), _tuple(op(*args)), strict=True):
+        assert type(ours) is Wrapped
+        torch.testing.assert_close(ours.as_subclass(Tensor), stock, rtol=1e-5, atol=1e-5)

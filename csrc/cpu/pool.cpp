@@ -210,9 +210,16 @@ LentTensor* pool_lend(int type_code, int bits, const int64_t* shape, int dims) {
   std::unique_ptr<LentTensor> lent(new LentTensor);
   lent->shape.assign(shape, shape + dims);
   lent->strides.resize(dims);
+  // strides, and the size in bytes, which must not wrap around
+  size_t bytes = size_t(bits) / 8;
   int64_t count = 1;
-  for (int i = dims; i-- > 0; count *= shape[i]) lent->strides[i] = count;
-  lent->block = pool().take(size_t(count) * size_t(bits) / 8);
+  for (int i = dims; i-- > 0;) {
+    lent->strides[i] = count;
+    if (shape[i] < 0 || __builtin_mul_overflow(count, shape[i], &count) ||
+        __builtin_mul_overflow(bytes, size_t(shape[i]), &bytes) || bytes > SIZE_MAX / 4)
+      throw std::bad_alloc();
+  }
+  lent->block = pool().take(bytes);
   lent->managed.tensor = {lent->block.data,
                           {kCpu, 0},
                           dims,

@@ -24,6 +24,7 @@ class Backend:
     the gradients in the op's order, None where not needed; a backend without one is *composite*:
     plain torch code that torch differentiates by itself. `supports(*args)` and `available()` return
     None, or the reason why this call, or any call on this machine, cannot be served.
+    `fast(*args)`, if there is one, is the same forward for ordinary calls only (see fast.py).
     """
 
     name: str
@@ -31,6 +32,7 @@ class Backend:
     backward: Callable[..., Any] | None = None
     supports: Callable[..., str | None] = always
     available: Callable[[], str | None] = always
+    fast: Callable[..., Any] | None = None
 
     @functools.cached_property
     def missing(self) -> str | None:

@@ -31,7 +31,7 @@ class GpuInfo:
 
 def cpu_info() -> CpuInfo:
     """The CPU, the threads torch uses now, and the instruction set levels of fastllm's kernels."""
-    from fastllm import _C
+    import fastllm._C as _C
 
     try:
         cores = len(os.sched_getaffinity(0))

@@ -53,7 +53,7 @@ def _backward(op: Op) -> Any:
     def run(*args: Any) -> Any:
         *given, needs, backend = map(_tuple, args)
         grads, saved = given[: op.outputs], given[op.outputs :]
-        chosen = op.select(op.forward_args(saved), backend)
+        chosen = op.select(op.forward_args(tuple(saved)), backend)
         results = (chosen.backward or op.reference_backward)(
             *op.first_grad(grads, saved), *saved, needs
         )
@@ -105,10 +105,10 @@ def _register_autograd(op: Op, name: str) -> None:
             results = op.reference_backward(*upstream, *saved, needs)
         else:
             packet = getattr(torch.ops.fastllm, f"{op.name}_backward").default
-            results = packet(*upstream, *saved, list(needs), ctx.backend)
-            results = (results,) if op.results == 1 else results
-        results = [r if needed else None for r, needed in zip(results, needs, strict=True)]
-        return (*op.scatter(results, len(wanted)), None)
+            made = packet(*upstream, *saved, list(needs), ctx.backend)
+            results = (made,) if op.results == 1 else made
+        wished = [r if needed else None for r, needed in zip(results, needs, strict=True)]
+        return (*op.scatter(wished, len(wanted)), None)
 
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
 

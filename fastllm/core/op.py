@@ -6,27 +6,28 @@ dispatcher op `torch.ops.fastllm.<name>` (dispatch.py); functorch transforms and
 plain torch code that they can transform.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from fastllm.core.backend import BACKENDS, Backend, check_name, choice
 from fastllm.core.cases import Case, Cost
 from fastllm.core.errors import UnsupportedError
+from fastllm.core.fast import GUARDS
 
 OPS: dict[str, "Op"] = {}
 
 _PLAIN = frozenset((Tensor, Parameter))
-_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
-_autocast = torch._C._is_any_autocast_enabled
-_tracing = torch._C._get_tracing_state
+_TRACED = (FakeTensor, FunctionalTensor)
+_modes, _function_modes, _transforms, _autocast, _tracing = GUARDS
 _grad_enabled = torch.is_grad_enabled
 
 
@@ -55,6 +56,7 @@ class Op:
     reference_backward plain torch, itself differentiable: reference_backward(*grads, *saved, needs)
     forward_args       the forward arguments that select() sees in backward: forward_args(saved)
     autocast           dtype that autocast casts floating inputs to, by device type
+    autocast_composite device types on which autocast gets plain torch code instead
     mutates            positions of tensors that forward writes in place
     """
 
@@ -75,6 +77,7 @@ class Op:
     forward_args: Callable[[tuple], tuple] = tuple
     cases: tuple[Case, ...] = ()
     autocast: dict[str, torch.dtype] = field(default_factory=dict)
+    autocast_composite: tuple[str, ...] = ()
     mutates: tuple[int, ...] = ()
     outputs: int = 1
 
@@ -83,6 +86,9 @@ class Op:
         self.backends = {name: found[name] for name in BACKENDS if name in found}
         self.results = max(self.gradients.values()) + 1 if self.gradients else 0
         self._runnable: list[Backend] | None = None
+        self.fastest = next((b for b in found.values() if b.fast is not None), None)
+        self.fast = None if self.fastest is None else self.fastest.fast
+        self.with_grad = _differentiable(self)
         self.packet: Any = None
         if self.name in OPS:
             raise ValueError(f"name: an op {self.name!r} is registered already")
@@ -94,6 +100,12 @@ class Op:
         """Runs the op on resolved arguments; `backend` forces one."""
         if torch.compiler.is_compiling():
             return self.dispatch(args, backend)
+        if self.fast is not None and backend is None:
+            out = self.fast(*args)
+            if out is True:
+                return self.with_grad(self.fastest, *args)
+            if out is not None:
+                return out
         grad = False
         for i in self.tensors:
             tensor = args[i]
@@ -101,7 +113,9 @@ class Op:
                 continue
             if type(tensor) not in _PLAIN:
                 self.require_tensor(i, tensor)
-                return self.dispatch(args, backend)
+                # a foreign subclass (DTensor, a quantized weight) knows torch's ops, not ours
+                known = isinstance(tensor, _TRACED)
+                return self.dispatch(args, backend) if known else self.composite(args, backend)
             grad = grad or tensor.requires_grad
         if _modes() or _function_modes() or _tracing() or _autocast():
             return self.dispatch(args, backend)
@@ -112,7 +126,7 @@ class Op:
         if run.backward is None:
             return run.forward(*args)
         if grad and _grad_enabled():
-            return _Call.apply(self, run, *args)
+            return self.with_grad(run, *args)
         out = run.forward(*args)
         if self.mutates:
             self.bump(args)
@@ -125,18 +139,22 @@ class Op:
         name = choice.name if backend is None else check_name(backend)
         if name is not None and name in self.backends and self.backends[name].backward is None:
             return self.composite(args, name)
+        for device in self.autocast_composite:
+            if torch.is_autocast_enabled(device) and args[0].device.type == device:
+                return self.composite(args, name)
         return self.packet(*args, name)
 
     def composite(self, args: tuple, backend: str | None) -> Any:
         """The call as plain torch code, which functorch and forward-mode AD can transform."""
         self.check(*args)
         name = choice.name if backend is None else check_name(backend)
-        if name in (None, "torch", "reference"):
-            run = self.select(args, name or "torch")
-            return run.forward(*args)
+        for run in self.backends.values():
+            allowed = run.name in ("torch", "reference") and name in (None, run.name)
+            if allowed and run.supports(*args) is None:
+                return run.forward(*args)
         raise UnsupportedError(
-            f"fastllm.{self.name}: backend {name!r} cannot run under a functorch transform or "
-            "forward-mode AD; use backend='torch' or 'reference'"
+            f"fastllm.{self.name}: backend {name or 'auto'!r} cannot run under a functorch "
+            "transform, forward-mode AD or a tensor subclass; torch and reference can"
         )
 
     def require_tensor(self, position: int, value: Any) -> None:
@@ -209,39 +227,53 @@ class Op:
         return [first, *grads[1:]]
 
 
-class _Call(torch.autograd.Function):
-    """The eager call with gradients. `ctx`-style: setup_context costs several microseconds more."""
+def _differentiable(op: Op) -> Callable[..., Any]:
+    """apply(backend, *args) of an autograd.Function for `op`.
 
-    @staticmethod
-    def forward(ctx: Any, op: Op, run: Backend, *args: Any) -> Any:
-        out = run.forward(*args)
-        saved = op.saved(args, out)
-        ctx.save_for_backward(*[saved[i] for i in op.saved_tensors])
-        ctx.call = (op, run, saved if not op.saved_tensors else _without_tensors(op, saved))
-        if op.outputs > 1:
-            ctx.set_materialize_grads(False)
-        if op.mutates:
-            ctx.mark_dirty(*[args[i] for i in op.mutates])
-        return out
+    `ctx`-style, since setup_context costs several microseconds more; and the C method itself, since
+    Function.apply's functorch checks were made before.
+    """
+    tensors = op.saved_tensors
+    count = len(op.schema.backward_params.split(", ")) - op.outputs
+    others = tuple(i for i in range(count) if i not in tensors)
+    pick_tensors, pick_others = _picker(tensors), _picker(others)
+    several, mutates, saved_of = op.outputs > 1, op.mutates, op.saved
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        op, run, rest = ctx.call
-        saved = list(rest)
-        for i, tensor in zip(op.saved_tensors, ctx.saved_tensors, strict=True):
-            saved[i] = tensor
-        wanted = ctx.needs_input_grad[2:]
-        # create_graph: plain torch code, so that the gradient can be differentiated again
-        backward = op.reference_backward if _grad_enabled() else run.backward
-        results = backward(*op.first_grad(grads, saved), *saved, op.needs(wanted))
-        return (None, None, *op.scatter(results, len(wanted)))
+    class Call(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, run: Backend, *args: Any) -> Any:
+            out = None if run.fast is None else run.fast(*args)
+            if out is None:
+                out = run.forward(*args)
+            saved = saved_of(args, out)
+            ctx.save_for_backward(*pick_tensors(saved))
+            ctx.call = run, pick_others(saved)
+            if several:
+                ctx.set_materialize_grads(False)
+            if mutates:
+                ctx.mark_dirty(*[args[i] for i in mutates])
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            run, rest = ctx.call
+            by_place = dict(zip((*tensors, *others), (*ctx.saved_tensors, *rest), strict=True))
+            saved = [by_place[i] for i in range(count)]
+            wanted = ctx.needs_input_grad[1:]
+            # create_graph: plain torch code, so that the gradient can be differentiated again
+            backward = op.reference_backward if _grad_enabled() else run.backward
+            results = backward(*op.first_grad(grads, saved), *saved, op.needs(wanted))
+            return (None, *op.scatter(results, len(wanted)))
+
+    Call.__name__ = Call.__qualname__ = f"fastllm_{op.name}"
+    return super(torch.autograd.Function, Call).apply
 
 
-def _without_tensors(op: Op, saved: tuple) -> list[Any]:
-    rest = list(saved)
-    for i in op.saved_tensors:
-        rest[i] = None
-    return rest
+def _picker(places: tuple[int, ...]) -> Callable[[tuple], tuple]:
+    """An itemgetter that returns a tuple for any number of places."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda values: tuple(values[i] for i in places)
 
 
 def describe(value: Any) -> str:

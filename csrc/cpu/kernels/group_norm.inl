@@ -73,11 +73,11 @@ void group_norm_fwd(const GroupForward& a) {
 // dw and db receive this group's sums of dy * z and dy, added to what is there; both may be null.
 template <bool Stream, class T>
 APART void group_backward_row(const T* dy, const T* x, const float* w, T* dx, float* dw, float* db,
-                              i64 channels, i64 spatial, float eps) {
+                              i64 channels, i64 spatial, double eps) {
   const i64 size = channels * spatial;
   const Moments m = moments<false>(x, x, size);
-  const float mean = float(m.mean), scale = 1.0f / __builtin_sqrtf(float(m.variance) + eps);
-  const float left = float(mean - m.mean) * scale;
+  const float mean = float(m.mean);
+  const double rstd = 1.0 / __builtin_sqrt(m.variance + eps), left = (mean - m.mean) * rstd;
   const Vec means = set1(mean);
   double sum_g = 0, sum_gz = 0;
   for (i64 c = 0; c < channels; ++c) {
@@ -93,7 +93,7 @@ APART void group_backward_row(const T* dy, const T* x, const float* w, T* dx, fl
       sum_d += total(ds);
       sum_dx += total(dxs);
     }
-    const double sum_dz = double(scale) * sum_dx + double(left) * sum_d;
+    const double sum_dz = rstd * sum_dx + left * sum_d;
     sum_g += w[c] * sum_d;
     sum_gz += w[c] * sum_dz;
     if (dw) {
@@ -102,13 +102,12 @@ APART void group_backward_row(const T* dy, const T* x, const float* w, T* dx, fl
     }
   }
   if (!dx) return;
-  // dx = scale * (dy * w - mean(g) - z * mean(g * z)), with z = (x - mean) * scale + left
-  const float pull = float(-sum_gz / double(size)) * scale,
-              level = float(-sum_g / double(size)) * scale;
-  const Vec pulls = set1(pull * scale), levels = set1(level + pull * left);
+  // dx = rstd * (dy * w - mean(g) - z * mean(g * z)), with z = (x - mean) * rstd + left
+  const double pull = -sum_gz / double(size), level = -sum_g / double(size) + left * pull;
+  const Vec pulls = set1(float(rstd * rstd * pull)), levels = set1(float(rstd * level));
   const i64 ahead = reach<T>(size);
   for (i64 c = 0; c < channels; ++c) {
-    const Vec scales = set1(scale * w[c]);
+    const Vec scales = set1(float(rstd * w[c]));
     const T *xs = x + c * spatial, *dys = dy + c * spatial;
     T* out = dx + c * spatial;
     sweep(spatial, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
@@ -123,9 +122,9 @@ APART void group_backward_row(const T* dy, const T* x, const float* w, T* dx, fl
 // Sums each channel's elements of [channels, spatial] and writes them as the weight's type.
 inline void fold(const float* from, i64 channels, i64 spatial, int dtype, void* out) {
   for (i64 c = 0; c < channels; ++c) {
-    float sum = 0;
+    double sum = 0;
     for (i64 s = 0; s < spatial; ++s) sum += from[c * spatial + s];
-    write_as(dtype, out, c, set1(sum), First{1});
+    write_as(dtype, out, c, set1(float(sum)), First{1});
   }
 }
 
@@ -165,16 +164,14 @@ void group_norm_bwd(const GroupBackward& a) {
         const T *dy = (const T*)a.grad_output + at, *x = (const T*)a.input + at;
         T* dx = a.grad_input ? (T*)a.grad_input + at : nullptr;
         if (!small)
-          stream ? group_backward_row<true>(dy, x, weight, dx, dw, db, channels, a.spatial,
-                                            float(a.eps))
-                 : group_backward_row<false>(dy, x, weight, dx, dw, db, channels, a.spatial,
-                                             float(a.eps));
+          stream ? group_backward_row<true>(dy, x, weight, dx, dw, db, channels, a.spatial, a.eps)
+                 : group_backward_row<false>(dy, x, weight, dx, dw, db, channels, a.spatial, a.eps);
         else if (size && params)
           norm_backward_row<true, true, false>(dy, (const T*)nullptr, x, weight, dx, dw, db, size,
-                                               float(a.eps));
+                                               a.eps);
         else if (size)
           norm_backward_row<true, false, false>(dy, (const T*)nullptr, x, weight, dx, dw, db, size,
-                                                float(a.eps));
+                                                a.eps);
       }
       if (stream) stream_fence();
     });

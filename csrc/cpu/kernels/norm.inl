@@ -86,13 +86,14 @@ inline void norm_forward(const NormForward& a) {
 // the task that owns the rows.
 template <bool Center, bool Params, bool Stream, class T>
 APART void norm_backward_row(const T* dy, const T* dh, const T* x, const float* w, T* dx, float* dw,
-                             float* db, i64 n, float eps) {
-  float mean = 0, left = 0, scale = 0;
+                             float* db, i64 n, double eps) {
+  float mean = 0;
+  double rstd = 0, left = 0;
   if (Center) {
     const Moments m = moments<false>(x, x, n);
     mean = float(m.mean);
-    scale = 1.0f / __builtin_sqrtf(float(m.variance) + eps);
-    left = float(mean - m.mean) * scale;
+    rstd = 1.0 / __builtin_sqrt(m.variance + eps);
+    left = (double(mean) - m.mean) * rstd;
   }
   const Vec means = set1(mean);
   double squares = 0, sum_g = 0, sum_gx = 0;
@@ -116,26 +117,28 @@ APART void norm_backward_row(const T* dy, const T* dh, const T* x, const float* 
     sum_gx += total(gx);
   }
   const double inverse = 1.0 / double(n);
-  if (!Center) scale = 1.0f / __builtin_sqrtf(float(squares * inverse) + eps);
-  // sum(g * z) = scale * sum(g * (x - float mean)) + left * sum(g)
-  const double gz = double(scale) * sum_gx + double(left) * sum_g;
-  const Vec scales = set1(scale), lefts = set1(left);
+  if (!Center) rstd = 1.0 / __builtin_sqrt(squares * inverse + eps);
+  // The factors of dx in double, rounded once: where g and z * mean(g * z) nearly cancel, that
+  // counts.
+  const double pull = -(rstd * sum_gx + left * sum_g) * inverse;
+  const Vec scales = set1(float(rstd)), lefts = set1(float(left)), pulls = set1(float(rstd * pull));
+  const Vec level = set1(float(left * pull - sum_g * inverse));
   const i64 ahead = reach<T>(n);
-  const Vec pull = set1(float(-gz * inverse) * scale),
-            level = set1(float(-sum_g * inverse) * scale);
   sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
     prefetch(x + i, ahead, k);
     prefetch(dy + i, ahead, k);
     const Vec v = get(x + i, lanes), d = get(dy + i, lanes);
-    const Vec z = Center ? fma(v - means, scales, lefts) : v * scales;
+    const Vec u = Center ? v - means : v;
     if (dx) {
-      Vec out = d * get(w + i, lanes) * scales;
+      // g is rounded as it was in the sums: what cancels, cancels exactly
+      Vec out = d * get(w + i, lanes);
       if (Center) out = out + level;
-      out = fma(z, pull, out);
-      if (dh) out = out + get(dh + i, lanes);
+      out = fma_once(u, pulls, out);
+      out = dh ? fma(out, scales, get(dh + i, lanes)) : out * scales;
       put<Stream>(dx + i, out, lanes);
     }
     if (Params) {
+      const Vec z = Center ? fma(u, scales, lefts) : u * scales;
       put<false>(dw + i, fma(d, z, get(dw + i, lanes)), lanes);
       if (Center) put<false>(db + i, d + get(db + i, lanes), lanes);
     }
@@ -151,7 +154,7 @@ inline void norm_backward_rows(const NormBackward& a, const float* w, float* dw,
     norm_backward_row<Center, Params, Stream>(
         (const T*)a.grad_output + at,
         a.grad_new_residual ? (const T*)a.grad_new_residual + at : nullptr, (const T*)a.input + at,
-        w, a.grad_input ? (T*)a.grad_input + at : nullptr, dw, db, n, float(a.eps));
+        w, a.grad_input ? (T*)a.grad_input + at : nullptr, dw, db, n, a.eps);
   }
   if (Stream) stream_fence();
 }

@@ -12,6 +12,7 @@ INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+INLINE Vec fma_once(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 INLINE float hsum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 
 INLINE __mmask16 first(int n) { return __mmask16((1u << n) - 1); }

@@ -13,6 +13,7 @@ INLINE Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
 INLINE Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
 INLINE Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
 INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+INLINE Vec fma_once(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 INLINE float hsum(Vec a) { return vaddvq_f32(a.v); }
 
 // bf16 is the upper half of a float: rounding half to even adds 0x7fff plus the last kept bit; NaN

@@ -17,6 +17,13 @@ INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 // Rounded twice: a software fused multiply-add would cost more than the kernel.
 INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+// Rounded once, as on the other levels: for where two terms nearly cancel.
+INLINE Vec fma_once(Vec a, Vec b, Vec c) {
+  typedef double f64x4 __attribute__((vector_size(32)));
+  const f64x4 wide = __builtin_convertvector(a.v, f64x4) * __builtin_convertvector(b.v, f64x4) +
+                     __builtin_convertvector(c.v, f64x4);
+  return {__builtin_convertvector(wide, f32x4)};
+}
 INLINE float hsum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
 
 // bf16 is the upper half of a float: rounding half to even adds 0x7fff plus the last kept bit; NaN

@@ -8,10 +8,10 @@ from torch import Tensor
 from fastllm.core.backend import Backend
 from fastllm.core.dispatch import register
 from fastllm.core.op import Op
-from fastllm.ops.norm import reference, spec, stock
+from fastllm.ops.norm import cpu, cuda, reference, spec, stock, triton
 from fastllm.ops.norm.cases import cases
 
-TABLES = (stock.BACKENDS,)
+TABLES = (cpu.BACKENDS, triton.BACKENDS, cuda.BACKENDS, stock.BACKENDS)
 
 
 def _implementations(name: str) -> list[Backend]:
@@ -93,6 +93,7 @@ add_rms_norm_op = register(
         implementations=_implementations("add_rms_norm"),
         cost=spec.cost_add_norm,
         cases=cases("add_rms_norm"),
+        autocast_composite=("cuda",),
     )
 )
 add_layer_norm_op = register(
@@ -114,6 +115,7 @@ add_layer_norm_op = register(
         implementations=_implementations("add_layer_norm"),
         cost=spec.cost_add_norm,
         cases=cases("add_layer_norm"),
+        autocast_composite=("cuda",),
     )
 )
 group_norm_op = register(

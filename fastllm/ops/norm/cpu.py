@@ -18,6 +18,8 @@ Grads = tuple[Tensor | None, ...]
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _threads = torch.get_num_threads
 _empty_like = torch.empty_like
+_rms_norm_fwd, _layer_norm_fwd = _C.rms_norm_fwd, _C.layer_norm_fwd
+_SMALL = POOL_FROM // 8  # elements: less than this is not for the pool in any dtype
 
 
 # ---- forward
@@ -28,28 +30,19 @@ def rms_norm(
 ) -> Tensor:
     """output, as the contract of the op says."""
     x = input if input.is_contiguous() else input.contiguous()
-    out = _empty_like(x) if x.nbytes < POOL_FROM else empty_like(x)
+    size = x.numel()
+    out = _empty_like(x) if size < _SMALL else empty_like(x)
     code = wcode = _CODES[x.dtype]
     w = 0
     if weight is not None:
-        weight = weight if weight.is_contiguous() else weight.contiguous()
+        if not weight.is_contiguous():
+            weight = weight.contiguous()
         w, wcode = weight.data_ptr(), _CODES[weight.dtype]
-    cols = prod(normalized_shape)
-    rows = x.numel() // cols if cols else 0
-    _C.rms_norm_fwd(
-        code,
-        wcode,
-        x.data_ptr(),
-        0,
-        w,
-        out.data_ptr(),
-        0,
-        rows,
-        cols,
-        eps,
-        weight_offset,
-        _threads(),
-    )
+    cols = normalized_shape[0] if len(normalized_shape) == 1 else prod(normalized_shape)
+    _rms_norm_fwd(
+        code, wcode, x.data_ptr(), 0, w, out.data_ptr(), 0, size // cols if cols else 0, cols, eps,
+        weight_offset, _threads(),
+    )  # fmt: skip
     return out
 
 
@@ -63,13 +56,21 @@ def layer_norm(
 ) -> Tensor:
     """output, as the contract of the op says."""
     x = input if input.is_contiguous() else input.contiguous()
-    out = _empty_like(x) if x.nbytes < POOL_FROM else empty_like(x)
-    weight, bias, wcode = _affine(weight, bias)
-    cols = prod(normalized_shape)
-    rows = x.numel() // cols if cols else 0
-    _C.layer_norm_fwd(
-        _CODES[x.dtype], wcode, x.data_ptr(), 0, _ptr(weight), _ptr(bias), out.data_ptr(), 0,
-        rows, cols, eps, weight_offset, _threads(),
+    size = x.numel()
+    out = _empty_like(x) if size < _SMALL else empty_like(x)
+    wcode = w = b = 0
+    if weight is not None:
+        if not weight.is_contiguous():
+            weight = weight.contiguous()
+        w, wcode = weight.data_ptr(), _CODES[weight.dtype]
+    if bias is not None:
+        if not bias.is_contiguous():
+            bias = bias.contiguous()
+        b, wcode = bias.data_ptr(), _CODES[bias.dtype]
+    cols = normalized_shape[0] if len(normalized_shape) == 1 else prod(normalized_shape)
+    _layer_norm_fwd(
+        _CODES[x.dtype], wcode, x.data_ptr(), 0, w, b, out.data_ptr(), 0,
+        size // cols if cols else 0, cols, eps, weight_offset, _threads(),
     )  # fmt: skip
     return out
 
@@ -287,7 +288,9 @@ def _name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _rms(input: Tensor, shape: Shape, weight: Tensor | None, *_: float) -> str | None:
+def _rms(
+    input: Tensor, shape: Shape, weight: Tensor | None, eps: float, offset: float
+) -> str | None:
     if input.dtype in _CODES and input.is_cpu and (
         weight is None or (weight.dtype in _CODES and weight.is_cpu)
     ):  # fmt: skip
@@ -296,8 +299,19 @@ def _rms(input: Tensor, shape: Shape, weight: Tensor | None, *_: float) -> str |
 
 
 def _layer(
-    input: Tensor, shape: Shape, weight: Tensor | None, bias: Tensor | None, *_: float
+    input: Tensor,
+    shape: Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
 ) -> str | None:
+    if bias is None:
+        return _rms(input, shape, weight, eps, offset)
+    if weight is not None and input.is_cpu and weight.is_cpu and bias.is_cpu:
+        kind = weight.dtype
+        if kind in _CODES and bias.dtype is kind and input.dtype in _CODES:
+            return None
     return _why_not(input, weight, bias)
 
 
@@ -339,9 +353,13 @@ def _channels_last(input: Tensor) -> bool:
 
 
 BACKENDS = {
-    "rms_norm": Backend("cpu", rms_norm, rms_norm_backward, _rms),
-    "layer_norm": Backend("cpu", layer_norm, layer_norm_backward, _layer),
-    "add_rms_norm": Backend("cpu", add_rms_norm, add_rms_norm_backward, _add_rms),
-    "add_layer_norm": Backend("cpu", add_layer_norm, add_layer_norm_backward, _add_layer),
+    "rms_norm": Backend("cpu", rms_norm, rms_norm_backward, _rms, fast=_C.fast_rms_norm),
+    "layer_norm": Backend("cpu", layer_norm, layer_norm_backward, _layer, fast=_C.fast_layer_norm),
+    "add_rms_norm": Backend(
+        "cpu", add_rms_norm, add_rms_norm_backward, _add_rms, fast=_C.fast_add_rms_norm
+    ),
+    "add_layer_norm": Backend(
+        "cpu", add_layer_norm, add_layer_norm_backward, _add_layer, fast=_C.fast_add_layer_norm
+    ),
     "group_norm": Backend("cpu", group_norm, group_norm_backward, _group),
 }

@@ -67,7 +67,7 @@ def as_shape(normalized_shape: Any) -> Shape:
 
 def default_eps(input: Tensor) -> float:
     """torch's default for rms_norm: machine epsilon of the dtype that is computed in."""
-    return _EPS.get(getattr(input, "dtype", None), 1.1920928955078125e-07)
+    return _EPS.get(getattr(input, "dtype", torch.float32), 1.1920928955078125e-07)
 
 
 _EPS = {torch.float64: 2.220446049250313e-16}
@@ -151,6 +151,13 @@ def require_float(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a Tensor, found {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating point tensor, found {describe(value)}")
+
+
+def require_floats(**named: Any) -> None:
+    """require_float for several arguments, None let through."""
+    for name, value in named.items():
+        if value is not None:
+            require_float(name, value)
 
 
 def _check_residual(input: Tensor, residual: Tensor) -> None:

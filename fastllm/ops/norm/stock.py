@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllm.core.backend import Backend
-from fastllm.ops.norm.spec import require_float
+from fastllm.ops.norm.spec import require_floats
 
 Shape = tuple[int, ...]
 
@@ -61,11 +61,11 @@ def group_norm(
     return F.group_norm(input, num_groups, _ones(bias) if weight is None else weight, bias, eps)
 
 
-def refused(input: Tensor, dtype: torch.dtype, *params: Tensor | None) -> str | None:
+def refused(dtype: torch.dtype, input: Tensor, **params: Tensor | None) -> str | None:
     """Why stock layer_norm and group_norm refuse these dtypes, or None."""
-    require_float("input", input)
+    require_floats(input=input, **params)
     low_on_cpu = dtype.itemsize == 2 and input.is_cpu
-    for p in params:
+    for p in params.values():
         if p is None or p.dtype == dtype or (low_on_cpu and p.dtype == torch.float32):
             continue
         return f"torch has no kernel for {dtype} input with {p.dtype} parameters"
@@ -81,26 +81,29 @@ def _offset(weight: Tensor | None, offset: float) -> Tensor | None:
     return weight if weight is None or offset == 0.0 else weight + offset
 
 
-def _layer_norm_refused(
-    x: Tensor, shape: Shape, w: Tensor | None, b: Tensor | None, *_: Any
-) -> str | None:
-    return refused(x, x.dtype, w, b)
+def _rms(x: Tensor, shape: Shape, w: Tensor | None, *_: Any) -> None:
+    require_floats(input=x, weight=w)
 
 
-def _add_layer_norm_refused(
+def _add_rms(x: Tensor, r: Tensor, shape: Shape, w: Tensor | None, *_: Any) -> None:
+    require_floats(input=x, residual=r, weight=w)
+
+
+def _layer(x: Tensor, shape: Any, w: Tensor | None, b: Tensor | None, *_: Any) -> str | None:
+    return refused(x.dtype, x, weight=w, bias=b)
+
+
+def _add_layer(
     x: Tensor, r: Tensor, shape: Shape, w: Tensor | None, b: Tensor | None, *_: Any
 ) -> str | None:
-    return refused(x, torch.result_type(x, r), w, b)
-
-
-def _floating(x: Tensor, *_: Any) -> None:
-    require_float("input", x)
+    require_floats(residual=r)
+    return refused(torch.result_type(x, r), x, weight=w, bias=b)
 
 
 BACKENDS = {
-    "rms_norm": Backend("torch", rms_norm, supports=_floating),
-    "layer_norm": Backend("torch", layer_norm, supports=_layer_norm_refused),
-    "add_rms_norm": Backend("torch", add_rms_norm, supports=_floating),
-    "add_layer_norm": Backend("torch", add_layer_norm, supports=_add_layer_norm_refused),
-    "group_norm": Backend("torch", group_norm, supports=_layer_norm_refused),
+    "rms_norm": Backend("torch", rms_norm, supports=_rms),
+    "layer_norm": Backend("torch", layer_norm, supports=_layer),
+    "add_rms_norm": Backend("torch", add_rms_norm, supports=_add_rms),
+    "add_layer_norm": Backend("torch", add_layer_norm, supports=_add_layer),
+    "group_norm": Backend("torch", group_norm, supports=_layer),
 }
