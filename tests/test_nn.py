@@ -38,9 +38,8 @@ def test_is_the_original_to_everybody(stock, ours, args, kwargs):
     assert list(a.state_dict()) == list(b.state_dict())
     for twin in (copy.deepcopy(b), pickle.loads(pickle.dumps(b))):
         assert type(twin) is ours
-        assert all(
-            torch.equal(p, q) for p, q in zip(twin.parameters(), b.parameters(), strict=True)
-        )
+        pairs = zip(twin.parameters(), b.parameters(), strict=True)
+        assert all(torch.equal(p, q) for p, q in pairs)
 
 
 @pytest.mark.parametrize(("stock", "ours", "args", "kwargs"), PAIRS, ids=IDS)

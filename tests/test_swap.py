@@ -200,9 +200,9 @@ def test_pattern_without_match_names_the_argument(argument):
 
 
 def test_bad_arguments():
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, found dict"):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, found dict"):
         fastllm.swap({})
-    with pytest.raises(ValueError, match="backend: expected one of .* found 'fast'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of .* found 'fast'"):
         fastllm.swap(Model(), backend="fast")
     with pytest.raises(TypeError, match="verify: expected a tensor"):
         fastllm.swap(Model(), verify="text")

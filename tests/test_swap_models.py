@@ -1,4 +1,4 @@
-"""swap on real architectures: the same answers and gradients, the expected places, and the way back."""
+"""swap on real architectures: same answers, same gradients, the expected places, the way back."""
 
 import copy
 
@@ -18,7 +18,7 @@ def _threads():
 
 
 def snapshot(model):
-    """Everything restore() has to give back: classes, attributes and their order, tensors' bytes."""
+    """What restore() has to give back: classes, attributes and their order, tensors' bytes."""
     modules = [(type(m), [(k, id(v)) for k, v in vars(m).items()]) for m in model.modules()]
     tensors = [(k, v.clone()) for k, v in model.state_dict().items()]
     return modules, tensors
@@ -74,9 +74,8 @@ def test_gradients_against_float64(name):
         y = outputs(model, inputs)
         upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
         params = dict(model.named_parameters())
-        found = torch.autograd.grad(
-            y, list(params.values()), upstream.to(y.dtype), allow_unused=True
-        )
+        upstream = upstream.to(y.dtype)
+        found = torch.autograd.grad(y, list(params.values()), upstream, allow_unused=True)
         return y.detach(), {k: g for k, g in zip(params, found, strict=True) if g is not None}
 
     y, right = gradients(exact, doubles)
@@ -116,7 +115,7 @@ def test_bfloat16(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_second_swap_does_nothing(name):
-    model, inputs = build(name)
+    model, _ = build(name)
     first = fastllm.swap(model)
     after = snapshot(model)
     second = fastllm.swap(model)

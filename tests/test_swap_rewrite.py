@@ -255,10 +255,10 @@ def test_source_that_is_not_what_runs(fused_calls):
 
 
 def test_closure_and_defaults():
-    scale = 3.0
+    scale, ones = 3.0, torch.ones(16)
 
     class Closed(Parts):
-        def forward(self, x, *, shift=torch.ones(16), times: int = 2):
+        def forward(self, x, *, shift=ones, times: int = 2):
             x = x * scale + self.f(x) * times
             return self.norm(x) + shift
 

@@ -1,4 +1,4 @@
-"""verify=: what is wrong is found, named and put back; the model and the world stay as they were."""
+"""verify=: what is wrong is found, named and put back; all else stays as it was."""
 
 import random
 

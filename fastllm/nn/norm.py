@@ -1,7 +1,7 @@
 """LayerNorm, RMSNorm, GroupNorm: torch's modules with forward through fastllm.functional.
 
-`backend` is a class attribute (None: the best one): nothing is added to an instance, so that state_dict,
-repr and pickles are those of torch's class. `add(a, b)` is the residual form.
+`backend` is a class attribute (None: the best one): nothing is added to an instance, so that
+state_dict, repr and pickles are those of torch's class. `add(a, b)` is the residual form.
 """
 
 import torch
@@ -28,7 +28,7 @@ class LayerNorm(torch.nn.LayerNorm):
         )
 
     def add(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(forward(input + residual), input + residual) in one pass over two tensors of one shape."""
+        """(forward(input + residual), input + residual) in one pass; both of one shape."""
         return F.add_layer_norm(
             input,
             residual,
@@ -51,7 +51,7 @@ class RMSNorm(torch.nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, backend=self.backend)
 
     def add(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(forward(input + residual), input + residual) in one pass over two tensors of one shape."""
+        """(forward(input + residual), input + residual) in one pass; both of one shape."""
         return F.add_rms_norm(
             input, residual, self.normalized_shape, self.weight, self.eps, backend=self.backend
         )

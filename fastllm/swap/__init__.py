@@ -4,8 +4,9 @@
     print(handle.report())
     handle.restore()
 
-A swap changes the class of a module instance to a subclass of its own class and nothing else: parameters,
-buffers, hooks, tied weights, optimizers, device maps and wrappers keep seeing the very same objects.
+A swap changes the class of a module instance to a subclass of its own class and nothing else:
+parameters, buffers, hooks, tied weights, optimizers, device maps and wrappers keep seeing the
+very same objects.
 
 rules.py     what matches -> what replaces it
 probe.py     which norm a module computes, found out by running it
@@ -26,7 +27,7 @@ __all__ = ["Handle", "Report", "Row", "restore", "swap"]
 
 
 class _Callable(types.ModuleType):
-    """The package is the function, too: `fastllm.swap(model)` and `import fastllm.swap.rules` both work."""
+    """The package is the function, too: `fastllm.swap(model)` and `fastllm.swap.rules` work."""
 
     def __call__(
         self,

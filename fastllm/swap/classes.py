@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Recipe(Protocol):
-    """What a made class does. Hashable and picklable: it is the cache's key and goes into pickles."""
+    """What a made class does. Hashable and picklable: a key of the cache, a part of pickles."""
 
     def bases(self, base: type) -> tuple[type, ...]:
         """The classes to derive from; `base` is among their ancestors."""
@@ -82,7 +82,7 @@ def _is_bound(value: Any, module: nn.Module, function: Any) -> bool:
     return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is function
 
 
-def assign(module: nn.Module, cls: type) -> None:
+def assign(module: nn.Module, cls: Any) -> None:
     """Gives `module` the class `cls`, bound forwards in its __dict__ included."""
     before = type(module).forward
     object.__setattr__(module, "__class__", cls)
@@ -96,8 +96,9 @@ def _rebuild(base: type, recipe: Recipe) -> Any:
 
 
 def _reduce_ex(self: Any, protocol: int) -> tuple:
-    _, _, *state = object.__reduce_ex__(self, max(protocol, 2))
-    cls = type(self)
+    reduced: Any = object.__reduce_ex__(self, max(protocol, 2))
+    cls: Any = type(self)
     if not made(cls):  # a class derived from ours has to pickle itself
-        return object.__reduce_ex__(self, protocol)
+        return reduced
+    state = reduced[2:]
     return (_rebuild, (cls._fastllm_base, cls._fastllm_recipe), *state)

@@ -29,16 +29,16 @@ def swap_model(
 
     model    any torch.nn.Module
     include  what may be swapped: globs on module paths ("model.layers.*"), classes, or a
-             callable(path, module) -> bool, alone or in a list; a module stands for all inside of it
+             callable(path, module) -> bool, alone or in a list; a module stands for all in it
     exclude  what may not, in the same form
-    verify   inputs of the model: a tensor, a tuple of arguments, a dict of keyword arguments, or a list
-             of such. Outputs and gradients are compared with float64 before and after; what is over the
-             error budget is put back, and the report says so
+    verify   inputs of the model: a tensor, a tuple of arguments, a dict of keyword arguments, or
+             a list of such. Outputs and gradients are compared with float64 before and after;
+             what is over the error budget is put back, and the report says so
     backend  forces a backend in every swapped module; None: the best one
 
-    Returns a Handle: report(), restore(), a context manager. Swapping again does nothing. If anything is
-    raised on the way, the model is as it was. Raises TypeError or ValueError naming the argument, and
-    UnsupportedError when `backend` cannot run here.
+    Returns a Handle: report(), restore(), a context manager. Swapping again does nothing. If
+    anything is raised on the way, the model is as it was. Raises TypeError or ValueError naming
+    the argument, and UnsupportedError when `backend` cannot run here.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""What a rewritten forward calls: the residual addition and the norm after it, fused where it is safe."""
+"""What a rewritten forward calls: a residual addition and the norm after it, fused where safe."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch.nn.modules import module as hooks
 def add_norm(a: Any, b: Any, norm: Any) -> tuple[Any, Any]:
     """(a + b, norm(a + b)), in one kernel when nothing could tell the difference.
 
-    Whatever `norm` is by now (restored, wrapped, hooked, replaced), its own __call__ is what runs then.
+    Whatever `norm` is by now (restored, wrapped, hooked, replaced), its own __call__ is what runs
+    then.
     """
     if (
         type(a) is type(b) is Tensor

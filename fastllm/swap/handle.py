@@ -14,8 +14,8 @@ from fastllm.swap.rewrite import FuseAdds
 class Handle:
     """One swap. `report()` tells what was done, `restore()` undoes it; also a context manager.
 
-    `modules` maps paths to the modules that this swap changed. Several handles on one model, nested or
-    not, may be restored in any order.
+    `modules` maps paths to the modules that this swap changed. Several handles on one model,
+    nested or not, may be restored in any order.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,7 +41,9 @@ class Handle:
 
     def change(self, path: str, module: nn.Module, recipe: Recipe) -> None:
         """Gives `module` the class of `recipe`."""
-        before = {n: vars(module)[n] for n in ("forward", "_old_forward") if n in vars(module)}
+        before: dict[str, Any] = {
+            n: vars(module)[n] for n in ("forward", "_old_forward") if n in vars(module)
+        }
         classes.assign(module, classes.make(classes.original(module), _merged(module, recipe)))
         self.modules[path] = module
         self._undo[module] = lambda: _revert(module, recipe, before)

@@ -28,7 +28,9 @@ class DropIn:
 
     def exact(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """The module as a function of one float64 tensor, differentiable in its parameters too."""
-        base = next(c for c in self.replacement.__mro__ if c.__module__.startswith("torch.nn."))
+        base: Any = next(
+            c for c in self.replacement.__mro__ if c.__module__.startswith("torch.nn.")
+        )
         return lambda x: base.forward(module, x)
 
 
@@ -57,7 +59,7 @@ class Norm:
     def bases(self, base: type) -> tuple[type, ...]:
         return (base,)
 
-    def namespace(self, base: type) -> dict[str, Any]:
+    def namespace(self, base: Any) -> dict[str, Any]:
         forward = _forward(self, base.forward)
         return {
             "forward": _rename_argument(forward, self.argument, base),
@@ -74,7 +76,7 @@ class Norm:
 def formula(
     kind: str, offset: float, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """The definition over the last dimension, in x's dtype (Ba et al. 2016, Zhang & Sennrich 2019)."""
+    """The definition over the last dimension, in x's dtype (Ba 2016, Zhang & Sennrich 2019)."""
     if kind == "layer_norm":
         x = x - x.mean(-1, keepdim=True)
     y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
@@ -95,7 +97,7 @@ def apply(recipe: Norm, module: nn.Module, x: Tensor) -> Tensor:
     return F.layer_norm(x, shape, weight, bias, eps, **options)
 
 
-def _forward(recipe: Norm, stock: Callable) -> FunctionType:
+def _forward(recipe: Norm, stock: Callable) -> Any:
     weight, served, served_autocast = recipe.weight, recipe.served, recipe.served_autocast
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ def _add(recipe: Norm) -> Callable[..., tuple[Tensor, Tensor]]:
     weight, served = recipe.weight, recipe.served
 
     def add(self: Any, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(forward(input + residual), input + residual) in one pass over two tensors of one shape."""
+        """(forward(input + residual), input + residual) in one pass; both of one shape."""
         w = None if weight is None else getattr(self, weight)
         if (input.dtype, None if w is None else w.dtype) not in served:
             total = input + residual

@@ -1,9 +1,10 @@
 """Finds out what a norm-like module computes, by running it on a throwaway copy.
 
-Names say little: a class called LayerNorm may be an RMS norm (T5), and an RMS norm may scale by 1 + weight
-(Gemma). So the copy gets random weights (all ones or zeros distinguish nothing), random inputs of several
-sizes and another epsilon, and is compared with every candidate's formula in float64, gradients included.
-The user's parameters, attributes and hooks are neither run nor touched.
+Names say little: a class called LayerNorm may be an RMS norm (T5), and an RMS norm may scale by 1
++ weight (Gemma). So the copy gets random weights (all ones or zeros distinguish nothing), random
+inputs of several sizes and another epsilon, and is compared with every candidate's formula in
+float64, gradients included. The user's parameters, attributes and hooks are neither run nor
+touched.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from fastllm.core.errors import UnsupportedError
 from fastllm.core.proof import compare, relative_error
@@ -51,7 +52,7 @@ def structure(module: nn.Module) -> Structure | str:
     if buffers:
         return f"it keeps buffers ({', '.join(buffers)})"
     params = {n: p for n, p in module._parameters.items() if p is not None}
-    if any(isinstance(p, UninitializedTensorMixin) for p in params.values()):
+    if any(isinstance(p, UninitializedParameter) for p in params.values()):
         return "its parameters are not initialized yet"
     if any(p.dim() != 1 for p in params.values()):
         return "its parameters are not one-dimensional"
@@ -77,7 +78,7 @@ def _last_size(module: nn.Module) -> int:
 
 def signature(module: nn.Module) -> Any:
     """Modules of one signature behave alike and are probed once; None: cannot tell."""
-    if any(isinstance(p, UninitializedTensorMixin) for p in module._parameters.values()):
+    if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
         return None
     values = []
     for name, value in vars(module).items():
@@ -135,9 +136,9 @@ def _identify(probe: "_Probe", own: torch.dtype, backend: str | None) -> tuple[N
     recipe = Norm(
         kind, parts.weight, parts.bias, eps, offset, (), (), parts.argument, backend=backend
     )
-    weights = DTYPES if parts.weight else (None,)
+    weights: tuple = DTYPES if parts.weight else (None,)
     pairs = list(itertools.product(DTYPES, weights))
-    served, reasons, error = probe.served(recipe, pairs, autocast=False)
+    served, reasons, errors = probe.served(recipe, pairs, autocast=False)
     mine = (own, own if parts.weight else None)
     if mine not in served:
         return f"ours differs in {str(own).removeprefix('torch.')}: {reasons.get(mine)}"
@@ -145,7 +146,7 @@ def _identify(probe: "_Probe", own: torch.dtype, backend: str | None) -> tuple[N
     chosen = Norm(
         kind, parts.weight, parts.bias, eps, offset, served, autocast, parts.argument, backend
     )
-    return chosen, error[mine]
+    return chosen, errors[mine]
 
 
 class _Probe:
@@ -165,9 +166,9 @@ class _Probe:
             if name not in ("forward", "_old_forward", "_hf_hook"):
                 vars(twin)[name] = value.copy() if isinstance(value, dict) else value
         vars(twin).update(eps, training=training)
-        for name, value in ((self.parts.weight, self.weight), (self.parts.bias, self.bias)):
-            if name is not None and value is not None:
-                twin._parameters[name] = nn.Parameter(value.to(self.device, dtype))
+        for own, random in ((self.parts.weight, self.weight), (self.parts.bias, self.bias)):
+            if own is not None and random is not None:
+                twin._parameters[own] = nn.Parameter(random.to(self.device, dtype))
         return twin
 
     def inputs(self, eps: dict[str, float]) -> Iterator[tuple[dict[str, float], Tensor]]:
@@ -201,7 +202,7 @@ class _Probe:
         return None
 
     def candidates(self) -> Iterator[tuple[str, float, str]]:
-        """(kind, offset, name of epsilon) of every formula that agrees in float32, gradients too."""
+        """(kind, offset, name of epsilon) of the formulas that agree, gradients too."""
         trials = [
             (values, x.float(), *self.stock(values, x.float()))
             for values, x in self.inputs(self.actual)
@@ -213,7 +214,7 @@ class _Probe:
                 yield kind, offset, eps
 
     def stock(self, eps: dict[str, float], x: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Output, gradients of input and parameters, upstream gradient of the original in float32."""
+        """Output, gradients and upstream gradient of the original in float32."""
         twin = self.copy(torch.float32, eps, training=True)
         x = x.clone().requires_grad_()
         y = self.run(twin, x)
@@ -251,8 +252,8 @@ class _Probe:
     def served(
         self, recipe: Norm, pairs: list[Pair], autocast: bool
     ) -> tuple[tuple[Pair, ...], dict[Pair, str], dict[Pair, float]]:
-        """The dtype pairs that ours serves within the error budget; reasons and errors of the rest."""
-        good, reasons, errors = [], {}, {}
+        """The dtype pairs that ours serves within budget; reasons of the rest, errors."""
+        good, reasons, errors = [], {}, {}  # type: ignore[var-annotated]
         for pair in pairs:
             try:
                 worst = self.measure(recipe, pair, autocast)
@@ -265,7 +266,7 @@ class _Probe:
 
     @torch.no_grad()
     def measure(self, recipe: Norm, pair: Pair, autocast: bool) -> float:
-        """The largest error of ours over all inputs; ValueError when it is over budget somewhere."""
+        """The largest error of ours over all inputs; ValueError when one is over budget."""
         dtype, weight = pair
         worst = 0.0
         mode = torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext()

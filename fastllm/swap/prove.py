@@ -39,8 +39,8 @@ def worst_of(proofs: list[Proof]) -> Proof:
 @torch.enable_grad()
 def prove_norm(module: nn.Module, recipe: Any, x: Tensor) -> Proof:
     """Ours against the original on `x`, with gradients, and the fused form, too."""
-    original = type(module)
-    made = classes.make(original, recipe)
+    original: Any = type(module)
+    made: Any = classes.make(original, recipe)
     x = x.detach()
     ours, exact = _twin(module, made), _twin(module, original, torch.float64)
 
@@ -86,8 +86,8 @@ def _twin(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> Any:
-    """An instance of `cls` with the module's values and nothing else of it: no hooks, own leaves."""
-    twin = object.__new__(cls)
+    """An instance of `cls` with the module's values: no hooks, own leaves."""
+    twin: Any = object.__new__(cls)
     for name, value in vars(module).items():
         if name not in ("forward", "_old_forward", "_hf_hook"):
             vars(twin)[name] = value.copy() if isinstance(value, dict) else value
@@ -104,7 +104,7 @@ def _results(
     x: Tensor,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Output and gradients, for an upstream gradient that is the same each time, rounded to `dtype`."""
+    """Output and gradients, for the same upstream gradient each time, rounded to `dtype`."""
     x = x.detach().requires_grad_()
     y = forward(x)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))

@@ -1,9 +1,10 @@
 """A method compiled again from its own source file, changed on the way.
 
-The whole file is compiled, so that closures, private names and what the compiler infers from imports come
-out as they did; nothing of it is executed. Only source that gives the very code object of the function at
-hand is trusted: an edited file, a rewritten assertion or an unseen decorator means "left alone". Globals,
-closure cells, defaults, file name and line numbers stay the original's.
+The whole file is compiled, so that closures, private names and what the compiler infers from
+imports come out as they did; nothing of it is executed. Only source that gives the very code
+object of the function at hand is trusted: an edited file, a rewritten assertion or an unseen
+decorator means "left alone". Globals, closure cells, defaults, file name and line numbers stay
+the original's.
 """
 
 import ast
@@ -20,10 +21,12 @@ class Unfusable(Exception):
 
 
 def plain_forward(cls: type) -> FunctionType:
-    """The function that `cls` defines as forward, out of the wrappers that subclassing puts around it.
+    """The function that `cls` defines as forward, out of the wrappers that subclassing puts
+    around it.
 
-    transformers' GradientCheckpointingLayer wraps forward in __init_subclass__: a subclass made by us
-    gets the same wrapper again, so the function inside is the one to rewrite. No other wrapper is.
+    transformers' GradientCheckpointingLayer wraps forward in __init_subclass__: a subclass made
+    by us gets the same wrapper again, so the function inside is the one to rewrite. No other
+    wrapper is.
     """
     hooks = set(_subclass_hooks(cls))
     forward: Any = cls.forward  # type: ignore[attr-defined]
@@ -43,7 +46,7 @@ def plain_forward(cls: type) -> FunctionType:
 
 def _subclass_hooks(cls: type) -> Iterator[CodeType]:
     for base in cls.__mro__:
-        function = getattr(vars(base).get("__init_subclass__"), "__func__", None)
+        function: Any = getattr(vars(base).get("__init_subclass__"), "__func__", None)
         if hasattr(function, "__code__"):
             yield function.__code__
 
@@ -124,10 +127,10 @@ def _first(node: Any) -> int:
     return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
 
 
-def _find(tree: ast.Module, function: FunctionType) -> ast.FunctionDef:
+def _find(tree: ast.Module, function: FunctionType) -> Any:
     code = function.__code__
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
-            if _first(node) == code.co_firstlineno:
-                return node
+        named = isinstance(node, ast.FunctionDef) and node.name == code.co_name
+        if named and _first(node) == code.co_firstlineno:
+            return node
     raise Unfusable("its source is not one function")

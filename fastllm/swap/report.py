@@ -9,7 +9,7 @@ COLUMNS = ("path", "from", "to", "backend", "error", "why left")
 
 @dataclass
 class Row:
-    """One module. `error` is relative to float64, `budget` what it may be; `reason` is set where left."""
+    """One module. `error` against float64 and its `budget`; `reason` is set where it was left."""
 
     path: str
     old: str

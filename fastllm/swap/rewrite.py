@@ -4,13 +4,14 @@
     residual = h                  ->        residual = h
     h = self.norm(h)                        h = n
 
-    x = x + self.attn(y)                    x, n = self._fastllm_add_norm(x, self.attn(y), self.norm2)
-    x = x + self.mlp(self.norm2(x))  ->     x = x + self.mlp(n)
+    x = x + self.f(y)                       x, n = self._fastllm_add_norm(x, self.f(y), self.norm2)
+    x = x + self.g(self.norm2(x))    ->     x = x + self.g(n)
 
     self.norm(h + residual)       ->        self._fastllm_norm_of_sum(self.norm, h, residual)
 
-Between addition and norm only names may be assigned to names: nothing else could see another order. An `if`
-whose test cannot depend on the sum is handled by moving addition and norm into both of its branches.
+Between addition and norm only names may be assigned to names: nothing else could see another
+order. An `if` whose test cannot depend on the sum is handled by moving addition and norm into
+both of its branches.
 """
 
 import ast
@@ -51,7 +52,8 @@ class FuseAdds:
 def sites(base: type, block: nn.Module) -> tuple[str, ...]:
     """Names of the children of `block` that its forward calls on a sum.
 
-    Raises Unfusable where there are some and the forward cannot be rewritten, or has no source to tell.
+    Raises Unfusable where there are some and the forward cannot be rewritten, or has no source to
+    tell.
     """
     names = tuple(name for name, child in block._modules.items() if child is not None)
     inner = inspect.unwrap(base.forward)  # type: ignore[attr-defined]
@@ -208,7 +210,7 @@ class _Rewriter:
         return statement
 
     def alive(self, statement: ast.stmt) -> str | None:
-        """Which branch of `if self.flag:` this block takes, where that is an attribute of its own."""
+        """Which branch of `if self.flag:` this block takes, if the flag is its own."""
         test = getattr(statement, "test", None)
         if not isinstance(statement, ast.If) or not isinstance(test, ast.Attribute):
             return None
@@ -219,7 +221,7 @@ class _Rewriter:
 
     def leaves(self, statement: ast.stmt) -> bool:
         """Whether `if self.flag:` always takes a branch that ends the function."""
-        taken = getattr(statement, self.alive(statement) or "", None)
+        taken: Any = getattr(statement, self.alive(statement) or "", None)
         return bool(taken) and isinstance(taken[-1], ast.Return | ast.Raise)
 
     def note(self, call: ast.Call) -> None:
@@ -294,7 +296,7 @@ def _pure(test: ast.expr, name: str) -> bool:
 
 
 def _evaluated(node: ast.expr) -> Any:
-    """Sub-expressions in the order in which they are evaluated, until one that this does not know."""
+    """Sub-expressions in the order of evaluation, until one that this does not know."""
     if isinstance(node, ast.Attribute):
         yield from _evaluated(node.value)
     elif isinstance(node, ast.BinOp):

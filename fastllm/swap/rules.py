@@ -1,7 +1,8 @@
 """The table of what matches -> what replaces it.
 
-A rule looks at a module and answers with a Choice: a recipe and the error it measured, or the reason to leave
-the module alone. The first rule that matches decides. A new rule is a row in RULES.
+A rule looks at a module and answers with a Choice: a recipe and the error it measured, or the
+reason to leave the module alone. The first rule that matches decides. A new rule is a row in
+RULES.
 """
 
 from collections.abc import Callable
@@ -56,7 +57,7 @@ def _exactly(stock: type, replacement: type, op: str) -> Rule:
 
 
 def _looks_like_a_norm(module: nn.Module) -> bool:
-    """By name, or by structure: a weight, an epsilon, nothing inside. Probing decides what it is."""
+    """By name or by an epsilon, with nothing inside. Probing decides what it is."""
     if isinstance(module, torch.jit.ScriptModule) or module._modules:
         return False
     named = "norm" in type(module).__name__.lower()

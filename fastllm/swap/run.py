@@ -16,7 +16,7 @@ Call = tuple[tuple, dict[str, Any]]
 
 def as_calls(inputs: Any) -> list[Call]:
     """What `verify=` takes, as (args, kwargs) pairs."""
-    calls = []
+    calls: list[Call] = []
     for one in inputs if isinstance(inputs, list) else [inputs]:
         if isinstance(one, Tensor):
             calls.append(((one,), {}))
@@ -38,8 +38,8 @@ def as_calls(inputs: Any) -> list[Call]:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Within the block the model is in eval mode; after it, everything is as it was before.
 
-    That is: train or eval mode of every module, attributes, buffers and their values, and the random
-    states of torch, Python and numpy.
+    That is: train or eval mode of every module, attributes, buffers and their values, and the
+    random states of torch, Python and numpy.
     """
     modules = list(model.modules())
     attributes = [dict(vars(m)) for m in modules]
@@ -89,7 +89,9 @@ def run(
         return results
     with torch.enable_grad():
         outputs, leaves = _outputs(model, call, dtype)
-        wanted = {f"gradient of {n}": p for n, p in model.named_parameters() if p.requires_grad}
+        wanted: dict[str, Tensor] = {
+            f"gradient of {n}": p for n, p in model.named_parameters() if p.requires_grad
+        }
         wanted |= {f"gradient of input {i}": leaf for i, leaf in enumerate(leaves)}
         upstream = {}
         for i, (name, value) in enumerate(outputs.items()):

@@ -1,13 +1,15 @@
 """verify=: the proof of a swap on the user's own input.
 
-The model runs before and after, in eval mode, without gradients and (if a parameter wants one) with random
-upstream gradients. A float64 deep copy is the oracle: swapped may be at most twice as far from it as the
-original. Every swapped norm is held against its formula on what it really receives, too, so that an error
-is put down to the module that makes it. Nothing of the run stays in the model.
+The model runs before and after, in eval mode, without gradients and (if a parameter wants one)
+with random upstream gradients. A float64 deep copy is the oracle: swapped may be at most twice as
+far from it as the original. Every swapped norm is held against its formula on what it really
+receives, too, so that an error is put down to the module that makes it. Nothing of the run stays
+in the model.
 
-Through a whole model, both distances are draws of rounding noise, and a lucky draw of the original says
-little. So a result over its budget gets a second look: four more draws of the original, with parameters
-off by half a unit in the last place. Within twice the distance of one of these, it is noise.
+Through a whole model, both distances are draws of rounding noise, and a lucky draw of the
+original says little. So a result over its budget gets a second look: four more draws of the
+original, with parameters off by half a unit in the last place. Within twice the distance of one
+of these, it is noise.
 """
 
 import copy
@@ -32,7 +34,8 @@ class Verification:
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         wrapper = isinstance(model, nn.parallel.DistributedDataParallel)
-        self.model: nn.Module = model.module if wrapper else model
+        inner: Any = model.module if wrapper else model
+        self.model: nn.Module = inner
         self.calls = as_calls(inputs)
         self.gradients = any(p.requires_grad for p in self.model.parameters())
         self.notes: list[str] = []
@@ -87,7 +90,7 @@ class Verification:
             self.notes.append(f"verified {what} on {count}; nearest to its budget: {worst.message}")
 
     def _results(self, model: nn.Module, double: torch.dtype | None = None) -> Results:
-        likes = self.stock or [None] * len(self.calls)
+        likes: list[Any] = self.stock or [None] * len(self.calls)
         return [
             run(model, call, self.gradients, double, like)
             for call, like in zip(self.calls, likes, strict=True)
@@ -108,7 +111,7 @@ class Verification:
                 continue
             return
         self.notes.append(
-            "compared with the original's own result; its noise is that of parameters half a unit off"
+            "compared with the original's own result; its noise: that of parameters half a unit off"
         )
         self.exact, self.noise = self.stock, self._draw(0)
 
@@ -130,7 +133,7 @@ class Verification:
         return self._results(twin)
 
     def _check_memory(self, dtype: torch.dtype | None) -> None:
-        """MemoryError rather than the kernel's out-of-memory killer; devices raise by themselves."""
+        """MemoryError before the system kills the process; devices raise by themselves."""
         on_cpu = [p for p in self.model.parameters() if p.device.type == "cpu"]
         need = sum(p.numel() * (dtype or p.dtype).itemsize for p in on_cpu) * 2
         free = (
@@ -164,10 +167,10 @@ class Verification:
         return second_look(name, value, self.noise[i][name], self.exact[i][name], draws())
 
     def _each_norm(self, choices: dict[nn.Module, Any]) -> None:
-        hooks = []
-        for module, choice in choices.items():
-            hook = self._hook(choice.recipe)
-            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        hooks = [
+            m.register_forward_pre_hook(self._hook(c.recipe), with_kwargs=True)
+            for m, c in choices.items()
+        ]
         try:
             for call in self.calls:
                 run(self.model, call, gradients=False)
@@ -179,7 +182,11 @@ class Verification:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
             plain = x is not None and type(x) is Tensor and not x.is_nested
-            if not plain or any(p is not None and p.is_meta for p in module._parameters.values()):
+            if (
+                x is None
+                or not plain
+                or any(p is not None and p.is_meta for p in module._parameters.values())
+            ):
                 return
             proof = prove_norm(module, recipe, x)
             before = self.proofs.get(module)
