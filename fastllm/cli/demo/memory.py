@@ -17,6 +17,7 @@ _CHILD = """
 import json, sys
 sys.path[:] = json.loads(sys.argv.pop(1))
 from fastllm.cli.demo.memory import main
+sys.path.pop()
 main()
 """
 
@@ -51,7 +52,10 @@ def peaks(
 
 
 def _import_path() -> list[str]:
-    """This process's, which has no current folder in it, and where this very package lies."""
+    """This process's, without the current folder, and at last where this very package lies.
+
+    The child takes that off again once it has the package: a checkout has other folders beside it.
+    """
     return [*filter(None, sys.path), str(Path(__file__).resolve().parents[3])]
 
 
