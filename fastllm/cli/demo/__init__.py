@@ -92,9 +92,8 @@ def write(found, out: Path) -> list[Path]:
     """The picture, then the page that shows it: whoever finds the page finds the picture."""
     from fastllm.cli.demo import figure, report
 
-    picture = figure.draw(
-        found.encoder, found.llama, found.memory, "fastllm: stock against swapped"
-    )
+    title = f"fastllm: stock against swapped ({report.machine(found)})"
+    picture = figure.draw(found.encoder, found.llama, found.memory, title)
     return [
         write_atomically(out / "demo.png", picture),
         write_atomically(out / "demo.md", report.markdown(found, "demo.png")),

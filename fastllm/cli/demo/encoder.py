@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastllm.cli.demo.text import batches, sentences
 from fastllm.core.measure import Call, Measurement, Ratio, interleave, quartiles
-from fastllm.swap import swap
+from fastllm.swap.engine import swap_model as swap
 
 STOCK, SWAPPED = "stock", "swapped"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastllm.cli.demo.encoder import STOCK, SWAPPED
 from fastllm.cli.demo.text import document
 from fastllm.core.measure import Measurement, Ratio
-from fastllm.swap import swap
+from fastllm.swap.engine import swap_model as swap
 
 WARM_UP = 3  # steps that are trained, but not timed
 

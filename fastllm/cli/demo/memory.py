@@ -74,8 +74,8 @@ def train(variant: str, quick: bool, device: str, steps: int) -> Memory:
     from fastllm.cli.demo.encoder import SWAPPED
     from fastllm.cli.demo.llama import QUICK, Size, Trainer
 
-    trainer = Trainer(QUICK if quick else Size(), device, variant == SWAPPED, verify=False)
     gpu = torch.device(device).type == "cuda"
+    trainer = Trainer(QUICK if quick else Size(), device, variant == SWAPPED, verify=False)
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if gpu else _resident("VmRSS")
