@@ -310,7 +310,7 @@ def test_losses_are_marked():
     assert row(speedup={"eager": [0.98, 0.9, 1.0], "copy": [0.5] * 3})["losses"] == []
     assert report.tally([lost, row(wrong="no")]).startswith("1 of 2 rows lose")
     page = report.markdown(stored([lost]))
-    assert "**loses**" in page
+    assert "**loses to compiled**" in page
     assert "0.90x" in page
     assert "2.00x (1.90-2.10)" in page
 

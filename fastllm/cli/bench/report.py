@@ -14,7 +14,7 @@ _LEGEND = (
     "vs: how many times faster ours is, the median over interleaved rounds, with the quartiles "
     "where they are more than 5% apart. limit: share of the speed of a plain copy of as many bytes "
     "into an existing tensor, in the same run. warm: too small to be rotated past the cache. "
-    f"**loses**: something is faster than ours by more than {TIE:.0%}."
+    f"**loses to**: that is faster than ours by more than {TIE:.0%}."
 )
 
 
@@ -151,4 +151,6 @@ def _cells(row: dict[str, Any], peers: list[str]) -> list[str]:
 def _mark(row: dict[str, Any], bad: str = "**{}**", good: str = "{}") -> str:
     if row["wrong"]:
         return bad.format("wrong")
-    return bad.format("loses") if row["losses"] else good.format("")
+    if row["losses"]:
+        return bad.format(f"loses to {', '.join(row['losses'])}")
+    return good.format("")

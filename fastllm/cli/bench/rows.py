@@ -177,7 +177,7 @@ def _fill(row: Row, found: Measurement) -> Row:
 def measure_overhead(
     op: Op, case: Case, threads: int | None, settings: Settings
 ) -> dict[str, float | str]:
-    """Microseconds a call on a tiny input: the public function, the kernel alone, stock."""
+    """Microseconds a call on a tiny input: the public function, the backend, stock."""
     entry: dict[str, float | str] = {"op": op.name, "case": case.name}
     plain = Subject(op, case, settings.device, "forward")
     grad = Subject(op, case, settings.device, "forward+backward")
@@ -187,7 +187,7 @@ def measure_overhead(
     theirs = stock(op)
     calls = {
         "no grad": ours,
-        "no grad, kernel alone": lambda: direct(*plain.args),
+        "no grad, backend direct": lambda: direct(*plain.args),
         "no grad, eager": lambda: theirs(*plain.args),
         "grad": ours_grad,
         "grad, eager": lambda: theirs(*tracked),
