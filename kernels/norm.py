@@ -38,8 +38,9 @@ def _load_scale(weight_ptr, offset, col, cols):
 
 
 @triton.jit
-def _load_sum(x_ptr, residual_ptr, at, mask, EVICTION: tl.constexpr = "evict_first"):
-    """x, or x + residual rounded to x's dtype; in that dtype."""
+def _load_sum(x_ptr, residual_ptr, at, mask, AGAIN: tl.constexpr = False):
+    """x, or x + residual rounded to x's dtype; in that dtype. AGAIN: it will be read again."""
+    EVICTION: tl.constexpr = "evict_last" if AGAIN else "evict_first"
     x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy=EVICTION)
     if residual_ptr is not None:
         r = tl.load(residual_ptr + at, mask=mask, other=0.0, eviction_policy=EVICTION)
@@ -108,7 +109,7 @@ def _norm_fwd_long_kernel(
         col = start + lane
         mask = col < cols
         at = base + col
-        h = _load_sum(x_ptr, residual_ptr, at, mask, EVICTION="evict_last")
+        h = _load_sum(x_ptr, residual_ptr, at, mask, AGAIN=True)
         if residual_ptr is not None:
             tl.store(h_ptr + at, h, mask=mask)
         h = h.to(tl.float32)

@@ -23,6 +23,12 @@ ROOT = Path(__file__).parent.parent
 TINY = next(c for c in OPS["rms_norm"].cases if c.name == "1x64-fp32")
 
 
+@pytest.fixture(autouse=True)
+def few_threads():
+    """More would only spin against each other where tests share the cores."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
 @pytest.fixture
 def quick_limits(monkeypatch):
     made = Limits(1e10, 1e10, {"float32": 1e11}, 1)
@@ -375,8 +381,8 @@ def test_readme_agrees_with_the_stored_runs():
 
 
 def test_pytest_bench_runs_what_the_registry_has():
-    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider"]
     command += ["--benchmark-disable", "-k", "rms_norm and 1x64-fp32"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
+    assert done.stdout.count(".") >= 2 * 3 * 2, done.stdout  # ops, directions, backends

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from fastllm.cli import demo, main
 from fastllm.cli.demo import encoder, figure, llama, memory, report, text
-from fastllm.core.measure import Ratio
+from fastllm.core.measure import Ratio, thread_count
 
 ROOT = Path(__file__).parent.parent
 TINY = llama.Size(hidden=64, layers=2, heads=4, key_heads=2, intermediate=128, length=32, batch=2)
@@ -33,12 +33,19 @@ socket.create_connection = refuse
 """
 
 
+@pytest.fixture(autouse=True)
+def few_threads():
+    """More would only spin against each other where tests share the cores."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
 @pytest.fixture(scope="module")
 def small():
     """Both halves, in seconds."""
     torch.manual_seed(0)
-    first = encoder.compare(count=8, batch=4, seconds=0.01)
-    second = llama.compare(TINY, steps=12, seconds=30)
+    with thread_count(min(2, torch.get_num_threads())):
+        first = encoder.compare(count=8, batch=4, seconds=0.01)
+        second = llama.compare(TINY, steps=12, seconds=30)
     peaks = {n: memory.Memory(400 << 20, (450 + 10 * i) << 20) for i, n in enumerate(first.speed)}
     return report.Findings(first, second, peaks, None, "cpu", 1.0)
 

@@ -5,6 +5,22 @@
 
 namespace fastllm {
 
+#ifdef FASTLLM_CUDA_ON_CPU  // the tests run kernels on the host
+
+struct OnDevice {
+  explicit OnDevice(int) {}
+  cudaError_t error = cudaSuccess;
+};
+
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, int shared, void*, int cluster,
+                   Args... args) {
+  emulated::launch(kernel, grid, block, shared, cluster, static_cast<Params>(args)...);
+  return cudaSuccess;
+}
+
+#else
+
 // Makes `device` current for its lifetime; `error` tells whether that worked.
 class OnDevice {
  public:
@@ -41,5 +57,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, int shared,
   config.numAttrs = cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
+
+#endif
 
 }  // namespace fastllm

@@ -7,11 +7,15 @@
 
 namespace fastllm {
 
+#ifdef FASTLLM_CUDA_ON_CPU
+#define shared_memory FASTLLM_SHARED_MEMORY
+#else
 extern __shared__ __align__(16) unsigned char shared_memory[];
+#endif
 
 // A block holds blockDim.y rows in registers, ITEMS vectors a thread. For aligned rows.
 template <typename T, bool CENTER, int ITEMS>
-__global__ void __launch_bounds__(ITEMS == 8 ? 1024 : 512) norm_forward(Forward p) {
+__global__ void __launch_bounds__(512) norm_forward(Forward p) {
   constexpr int V = Pack<T>::size;
   RowSum sum(shared_memory, 1, 0);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -135,6 +139,7 @@ __global__ void __launch_bounds__(512) norm_backward(Backward p) {
   const float count = static_cast<float>(p.cols);
   const T* hs = static_cast<const T*>(p.h);
   const T* dys = static_cast<const T*>(p.dy);
+  constexpr bool AHEAD = sizeof(T) == 2;  // registers for the next rows, too
   float dw[ITEMS][V] = {}, db[ITEMS][V] = {};
   Pack<T> h[ITEMS], dy[ITEMS], next_h[ITEMS], next_dy[ITEMS];
   auto load = [&](int64_t block, Pack<T>(&to_h)[ITEMS], Pack<T>(&to_dy)[ITEMS]) {
@@ -148,11 +153,15 @@ __global__ void __launch_bounds__(512) norm_backward(Backward p) {
       }
     }
   };
-  load(first, h, dy);
+  if (AHEAD) load(first, h, dy);
   for (int64_t block = first; block * blockDim.y < p.rows; block += clusters) {
     const int64_t row = block * blockDim.y + threadIdx.y;
     const int limit = row < p.rows ? end : start;
-    load(block + clusters, next_h, next_dy);  // in flight while this row is summed up
+    if (AHEAD) {
+      load(block + clusters, next_h, next_dy);  // in flight while this row is summed up
+    } else {
+      load(block, h, dy);
+    }
     float mean = 0.0f;
     if constexpr (CENTER) {
       float total[1] = {0.0f};
@@ -208,7 +217,7 @@ __global__ void __launch_bounds__(512) norm_backward(Backward p) {
       if (p.dx) store_pack(static_cast<T*>(p.dx) + at, dx);
     }
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
+    for (int i = 0; i < (AHEAD ? ITEMS : 0); ++i) {
       h[i] = next_h[i];
       dy[i] = next_dy[i];
     }

@@ -20,7 +20,7 @@ cudaError_t launch_rows(const Forward& p, void* stream) {
 template <typename T, bool CENTER>
 cudaError_t launch_forward(const Forward& p, bool aligned, void* stream) {
   const int vectors = p.cols / Pack<T>::size;
-  if (aligned && vectors <= 8 * 1024) {
+  if (aligned && vectors <= 8 * 512) {
     // 64 bytes a thread keep memory busy; fewer where a warp already covers the row
     if (vectors <= 32) return launch_rows<T, CENTER, 1>(p, stream);
     if (vectors <= 64) return launch_rows<T, CENTER, 2>(p, stream);

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from rich import box
 from rich.console import Console
@@ -14,14 +15,20 @@ from rich.table import Table
 _PIPED_WIDTH = 140  # nobody looks at a width of 80 in a file
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would exit with 1; a reader that has seen enough (`| head`) is no error."""
+        raise BrokenPipeError
+
+
 def output() -> Console:
     """The console for results."""
     return _console(sys.stdout)
 
 
-def _console(stream) -> Console:
+def _console(stream: TextIO) -> Console:
     fixed = None if stream.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH
-    return Console(file=stream, width=fixed, highlight=False)
+    return _Console(file=stream, width=fixed, highlight=False)
 
 
 def table(title: str, *columns: str, right: tuple[int, ...] = ()) -> Table:

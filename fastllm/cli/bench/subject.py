@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastllm
+from fastllm import functional
 from fastllm.core.cases import Case
 from fastllm.core.measure import Call, Factory, copies, rotation, size_of
 from fastllm.core.op import Op
@@ -126,7 +126,7 @@ def bound(op: Op, args: tuple) -> Callable[[], Any]:
 
     Keywords go over as keywords; those that have their default value are left out.
     """
-    function = getattr(fastllm.functional, op.name)
+    function = getattr(functional, op.name)
     names = [part.split()[-1].split("=")[0] for part in op.schema.params.split(", ")]
     given = dict(zip(names, args, strict=True))
     parameters = [p for p in inspect.signature(function).parameters.values() if p.name in given]

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastllm
 from fastllm.cli.demo.text import batches, sentences
 from fastllm.core.measure import Call, Measurement, Ratio, interleave, quartiles
+from fastllm.swap import swap
 
 STOCK, SWAPPED = "stock", "swapped"
 
@@ -47,7 +47,7 @@ def compare(
         for group in batches(sentences(count), batch)
     ]
     few = {name: value[:4] for name, value in inputs[0].items()}
-    handle = fastllm.swap(model, verify=few)
+    handle = swap(model, verify=few)
     report = handle.report()
     models = {STOCK: stock, SWAPPED: model}
     found = interleave(

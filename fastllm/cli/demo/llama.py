@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastllm
 from fastllm.cli.demo.encoder import STOCK, SWAPPED
 from fastllm.cli.demo.text import document
 from fastllm.core.measure import Measurement, Ratio
+from fastllm.swap import swap
 
 WARM_UP = 3  # steps that are trained, but not timed
 
@@ -60,7 +60,7 @@ class Trainer:
         if swapped:
             ids = batch_of(size, 0, device)[:2, :32]
             proof = {"input_ids": ids, "labels": ids} if verify else None
-            self.report = fastllm.swap(self.model, verify=proof).report()
+            self.report = swap(self.model, verify=proof).report()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )

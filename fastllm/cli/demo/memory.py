@@ -13,8 +13,6 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fastllm.core.measure import one_line
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -27,21 +25,30 @@ class Memory:
 def peaks(
     variants: tuple[str, ...], quick: bool, device: str, threads: int | None, steps: int = 6
 ) -> tuple[dict[str, Memory], str | None]:
-    """The variants' memory; or nothing, and why."""
-    found = {}
-    for variant in variants:
-        command = [sys.executable, "-m", "fastllm.cli.demo.memory", variant]
-        command += ["--steps", str(steps), "--device", device, *(["--quick"] if quick else [])]
-        command += ["--threads", str(threads)] if threads else []
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-            found[variant] = Memory(**json.loads(done.stdout.splitlines()[-1]))
-        except subprocess.CalledProcessError as error:
-            last = (error.stderr or "").strip().splitlines()[-1:] or [f"exit {error.returncode}"]
-            return {}, last[0]
-        except (OSError, ValueError, TypeError, IndexError, subprocess.TimeoutExpired) as error:
-            return {}, one_line(error)
-    return found, None
+    """The variants' memory; or nothing, and why. They run side by side: no clock is running."""
+    children = {}
+    try:
+        for variant in variants:
+            command = [sys.executable, "-m", "fastllm.cli.demo.memory", variant]
+            command += ["--steps", str(steps), "--device", device, *(["--quick"] if quick else [])]
+            command += ["--threads", str(threads)] if threads else []
+            pipe = subprocess.PIPE
+            children[variant] = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        return {variant: _finish(child) for variant, child in children.items()}, None
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+        return {}, str(error)
+    finally:  # an interrupt as well: nobody is left behind
+        for child in children.values():
+            child.kill()
+            child.communicate()
+
+
+def _finish(child: subprocess.Popen) -> Memory:
+    out, err = child.communicate(timeout=300)
+    if child.returncode:
+        lines = err.strip().splitlines() or [f"exit code {child.returncode}"]
+        raise RuntimeError(lines[-1])
+    return Memory(**json.loads(out.splitlines()[-1]))
 
 
 def train(variant: str, quick: bool, device: str, steps: int) -> Memory:
