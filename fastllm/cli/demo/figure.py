@@ -46,7 +46,7 @@ def draw(
         figure, axes = pyplot.subplots(2, 3, figsize=(14, 7.6), layout="constrained")
         layout: Any = figure.get_layout_engine()
         layout.set(w_pad=0.15, h_pad=0.15)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         _speed_bars(axes[0][0], "Encoder: sentences/s", encoder.speed, encoder.speedup)
         _quotients(axes[0][1], encoder.batch_speedups)
         _cosines(axes[0][2], encoder.cosines)

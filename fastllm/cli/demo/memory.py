@@ -13,6 +13,14 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+_CHILD = """
+import json, sys
+sys.path[:] = json.loads(sys.argv.pop(1))
+from fastllm.cli.demo.memory import main
+sys.path.pop()
+main()
+"""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -29,7 +37,7 @@ def peaks(
     children = {}
     try:
         for variant in variants:
-            command = [sys.executable, "-m", "fastllm.cli.demo.memory", variant]
+            command = [sys.executable, "-c", _CHILD, json.dumps(_import_path()), variant]
             command += ["--steps", str(steps), "--device", device, *(["--quick"] if quick else [])]
             command += ["--threads", str(threads)] if threads else []
             pipe = subprocess.PIPE
@@ -41,6 +49,14 @@ def peaks(
         for child in children.values():
             child.kill()
             child.communicate()
+
+
+def _import_path() -> list[str]:
+    """This process's, without the current folder, and at last where this very package lies.
+
+    The child takes that off again once it has the package: a checkout has other folders beside it.
+    """
+    return [*filter(None, sys.path), str(Path(__file__).resolve().parents[3])]
 
 
 def _finish(child: subprocess.Popen) -> Memory:
@@ -97,7 +113,3 @@ def main() -> None:
 
         torch.set_num_threads(args.threads)
     print(json.dumps(asdict(train(args.variant, args.quick, args.device, args.steps))))
-
-
-if __name__ == "__main__":
-    main()
