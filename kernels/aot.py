@@ -14,10 +14,9 @@ import inspect
 
 import torch
 import triton
+from fastllm.kernels.device import MAX_THREADS
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-
-from fastllm.kernels.device import MAX_THREADS
 
 _TYPES = {
     torch.float32: "fp32",

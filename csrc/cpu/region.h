@@ -4,6 +4,7 @@
 #pragma once
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 // Kept out of line: compiled once however many callers it has.

@@ -85,37 +85,46 @@ def formula(
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def apply(recipe: Norm, module: nn.Module, x: Tensor) -> Tensor:
-    """Ours on `x` with the module's parameters, autocast or not."""
+def apply(recipe: Norm, module: Any, x: Tensor) -> Tensor:
+    """Ours on `x` with the module's parameters."""
     weight = getattr(module, recipe.weight) if recipe.weight else None
-    shape = tuple(x.shape[-1:]) if weight is None else tuple(weight.shape)
-    options: dict[str, Any] = {"weight_offset": recipe.offset, "backend": recipe.backend}
-    eps = getattr(module, recipe.eps)
+    shape = (x.shape[-1] if weight is None else weight.shape[0],)
+    offset, backend, eps = recipe.offset, recipe.backend, getattr(module, recipe.eps)
     if recipe.kind == "rms_norm":
-        return F.rms_norm(x, shape, weight, eps, **options)
+        return F.rms_norm(x, shape, weight, eps, weight_offset=offset, backend=backend)
     bias = getattr(module, recipe.bias) if recipe.bias else None
-    return F.layer_norm(x, shape, weight, bias, eps, **options)
+    return F.layer_norm(x, shape, weight, bias, eps, weight_offset=offset, backend=backend)
 
 
 def _forward(recipe: Norm, stock: Callable) -> Any:
     weight, served, served_autocast = recipe.weight, recipe.served, recipe.served_autocast
+    offset, backend, eps = recipe.offset, recipe.backend, recipe.eps
+    rms = recipe.kind == "rms_norm" and weight is not None  # the usual case, without detours
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or x.is_nested:
             return stock(self, x)
-        pair = (x.dtype, None if weight is None else getattr(self, weight).dtype)
+        w = None if weight is None else getattr(self, weight)
+        pair = (x.dtype, None if w is None else w.dtype)
         if torch.is_autocast_enabled(x.device.type):
             if pair not in served_autocast:
                 return stock(self, x)
             with torch.autocast(x.device.type, enabled=False):
                 return apply(recipe, self, x)
-        return apply(recipe, self, x) if pair in served else stock(self, x)
+        if pair not in served:
+            return stock(self, x)
+        if rms:
+            shape, e = (w.shape[0],), getattr(self, eps)  # type: ignore[union-attr]
+            return F.rms_norm(x, shape, w, e, weight_offset=offset, backend=backend)
+        return apply(recipe, self, x)
 
     return forward
 
 
 def _add(recipe: Norm) -> Callable[..., tuple[Tensor, Tensor]]:
-    weight, served = recipe.weight, recipe.served
+    weight, served, bias = recipe.weight, recipe.served, recipe.bias
+    offset, backend, eps = recipe.offset, recipe.backend, recipe.eps
+    rms = recipe.kind == "rms_norm"
 
     def add(self: Any, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(forward(input + residual), input + residual) in one pass; both of one shape."""
@@ -123,13 +132,15 @@ def _add(recipe: Norm) -> Callable[..., tuple[Tensor, Tensor]]:
         if (input.dtype, None if w is None else w.dtype) not in served:
             total = input + residual
             return self.forward(total), total
-        shape = tuple(input.shape[-1:]) if w is None else tuple(w.shape)
-        options: dict[str, Any] = {"weight_offset": recipe.offset, "backend": recipe.backend}
-        eps = getattr(self, recipe.eps)
-        if recipe.kind == "rms_norm":
-            return F.add_rms_norm(input, residual, shape, w, eps, **options)
-        bias = getattr(self, recipe.bias) if recipe.bias else None
-        return F.add_layer_norm(input, residual, shape, w, bias, eps, **options)
+        shape, e = (input.shape[-1] if w is None else w.shape[0],), getattr(self, eps)
+        if rms:
+            return F.add_rms_norm(
+                input, residual, shape, w, e, weight_offset=offset, backend=backend
+            )
+        b = None if bias is None else getattr(self, bias)
+        return F.add_layer_norm(
+            input, residual, shape, w, b, e, weight_offset=offset, backend=backend
+        )
 
     return add
 

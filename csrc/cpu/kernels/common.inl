@@ -93,18 +93,40 @@ struct Moments {
   double mean, variance;
 };
 
+// Mean and sum of squared deviations of the blocks so far, by Chan's formula.
+struct Merge {
+  double mean = 0, m2 = 0, count = 0;
+
+  // A block of `size` elements: the sums of (x - guess) and (x - guess)^2. The guess is the block's
+  // mean but for rounding.
+  INLINE_MEMBER void add(float guess, float dev, float sq, i64 size) {
+    const double n = double(size), off = double(dev) / n, all = count + n;
+    const double here = double(guess) + off, here_m2 = double(sq) - off * off * n;
+    const double delta = here - mean;
+    mean = count == 0 ? here : mean + delta * (n / all);
+    m2 += count == 0 ? here_m2 : here_m2 + delta * delta * (count * n / all);
+    count = all;
+  }
+  INLINE_MEMBER double variance() const { return m2 > 0 || m2 != m2 ? m2 / count : 0.0; }
+};
+
+template <bool Add, class T>
+INLINE float block_sum(const T* x, const T* r, i64 n) {
+  Vec acc[4] = {zero(), zero(), zero(), zero()};
+  sweep(n, [&](auto lanes, i64 i, int k)
+               INLINE_LAMBDA { acc[k] = acc[k] + value<Add>(x, r, i, lanes); });
+  return total(acc);
+}
+
 // Two passes a block, with the first mean's rounding error corrected, then Chan's merge of the
 // blocks: exact even where the mean is far larger than the deviation, and one read of memory
 // however long the row.
 template <bool Add, class T>
 APART Moments moments(const T* x, const T* r, i64 n) {
-  double mean = 0, m2 = 0;
+  Merge merged;
   for (i64 at = 0; at < n; at += kBlock) {
     const i64 size = least(kBlock, n - at);
-    Vec acc[4] = {zero(), zero(), zero(), zero()};
-    sweep(size, [&](auto lanes, i64 i, int k)
-                    INLINE_LAMBDA { acc[k] = acc[k] + value<Add>(x, r, at + i, lanes); });
-    const float guess = total(acc) / float(size);
+    const float guess = block_sum<Add>(x + at, Add ? r + at : r, size) / float(size);
     const Vec shift = set1(guess);
     Vec dev[4] = {zero(), zero(), zero(), zero()}, sq[4] = {zero(), zero(), zero(), zero()};
     sweep(size, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
@@ -112,13 +134,9 @@ APART Moments moments(const T* x, const T* r, i64 n) {
       dev[k] = dev[k] + d;
       sq[k] = fma(d, d, sq[k]);
     });
-    const double off = double(total(dev)) / double(size);
-    const double here = double(guess) + off, here_m2 = double(total(sq)) - off * off * double(size);
-    const double before = double(at), all = double(at + size), delta = here - mean;
-    mean = at == 0 ? here : mean + delta * (double(size) / all);
-    m2 += at == 0 ? here_m2 : here_m2 + delta * delta * (before * double(size) / all);
+    merged.add(guess, total(dev), total(sq), size);
   }
-  return {mean, m2 > 0 || m2 != m2 ? m2 / double(n) : 0.0};
+  return {merged.mean, merged.variance()};
 }
 
 // weight + offset (or `missing` where there is none) as n floats: the caller's own memory when that
@@ -149,16 +167,20 @@ INLINE void write_as(int dtype, void* out, i64 at, Vec v, First lanes) {
   if (dtype == kFloat16) store(static_cast<f16*>(out) + at, v, lanes.n);
 }
 
-// out[c] = sum over i of parts[i * stride + c], in the order of i whatever the threads.
-APART void reduce_parts(const float* parts, i64 count, i64 stride, i64 cols, int dtype, void* out,
-                        int threads) {
+// `count` parts, each of `kinds` rows of cols floats: sums the parts in their order, whatever the
+// threads, into first (kind 0) and second (kind 1), where these are not null.
+APART void reduce_parts(const float* parts, i64 count, i64 cols, int dtype, void* first,
+                        void* second, int kinds, int threads) {
   constexpr i64 kCols = 256;
-  parallel_for(ceil_div(cols, kCols), useful_threads(count * cols * 4, threads), [&](i64 task) {
-    const i64 from = task * kCols;
+  const i64 stride = kinds * cols, tasks = ceil_div(cols, kCols);
+  parallel_for(kinds * tasks, useful_threads(count * stride * 2, threads), [&](i64 task) {
+    const i64 kind = task / tasks, from = task % tasks * kCols;
+    void* out = kind == 0 ? first : second;
+    if (!out) return;
+    const float* column = parts + kind * cols + from;
     sweep(least(kCols, cols - from), [&](auto lanes, i64 i, int) INLINE_LAMBDA {
       Vec sum = zero();
-      for (i64 part = 0; part < count; ++part)
-        sum = sum + get(parts + part * stride + from + i, lanes);
+      for (i64 part = 0; part < count; ++part) sum = sum + get(column + part * stride + i, lanes);
       write_as(dtype, out, from + i, sum, lanes);
     });
   });

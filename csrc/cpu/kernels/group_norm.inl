@@ -177,16 +177,11 @@ void group_norm_bwd(const GroupBackward& a) {
     });
   });
   if (!params) return;
-  const bool fold_last = small && a.spatial != 1;
-  for (int which = 0; which < 2; ++which) {
-    void* out = which == 0 ? a.grad_weight : a.grad_bias;
-    if (!out) continue;
-    const float* from = sums + which * width;
-    if (!fold_last) {
-      reduce_parts(from, shares, part, width, a.weight_dtype, out, a.threads);
-      continue;
-    }
-    reduce_parts(from, shares, part, width, kFloat32, folded, a.threads);
-    fold(folded, a.channels, a.spatial, a.weight_dtype, out);
+  if (!small || a.spatial == 1) {
+    reduce_parts(sums, shares, width, a.weight_dtype, a.grad_weight, a.grad_bias, 2, a.threads);
+    return;
   }
+  reduce_parts(sums, shares, width, kFloat32, folded, folded + width, 2, a.threads);
+  if (a.grad_weight) fold(folded, a.channels, a.spatial, a.weight_dtype, a.grad_weight);
+  if (a.grad_bias) fold(folded + width, a.channels, a.spatial, a.weight_dtype, a.grad_bias);
 }

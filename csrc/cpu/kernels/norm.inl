@@ -81,48 +81,64 @@ inline void norm_forward(const NormForward& a) {
   });
 }
 
+struct GradientSums {
+  double mean, variance;  // of x; without Center 0 and the mean square
+  double g, gx;           // sums of g = dy * w and of g * (x - mean)
+};
+
+// As moments(), with the sums that backward needs taken in the second pass.
+template <bool Center, class T>
+APART GradientSums gradient_sums(const T* x, const T* dy, const float* w, i64 n) {
+  Merge merged;
+  double squares = 0, sum_g = 0, sum_gx = 0, sum_shifted = 0;
+  for (i64 at = 0; at < n; at += kBlock) {
+    const i64 size = least(kBlock, n - at);
+    const float guess = Center ? block_sum<false>(x + at, x, size) / float(size) : 0.0f;
+    const Vec shift = set1(guess);
+    Vec dev[4] = {zero(), zero(), zero(), zero()}, sq[4] = {zero(), zero(), zero(), zero()};
+    Vec gs[4] = {zero(), zero(), zero(), zero()}, gx[4] = {zero(), zero(), zero(), zero()};
+    sweep(size, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+      const Vec g = get(dy + at + i, lanes) * get(w + at + i, lanes);
+      Vec v = get(x + at + i, lanes);
+      if (Center) {
+        v = only(v - shift, lanes);
+        dev[k] = dev[k] + v;
+        gs[k] = gs[k] + g;
+      }
+      sq[k] = fma(v, v, sq[k]);
+      gx[k] = fma(g, v, gx[k]);
+    });
+    sum_gx += total(gx);
+    if (Center) {
+      const double here = total(gs);
+      sum_g += here;
+      sum_shifted += double(guess) * here;
+      merged.add(guess, total(dev), total(sq), size);
+    } else {
+      squares += total(sq);
+    }
+  }
+  if (!Center) return {0.0, squares / double(n), 0.0, sum_gx};
+  return {merged.mean, merged.variance(), sum_g, sum_gx + (sum_shifted - merged.mean * sum_g)};
+}
+
 // With g = dy * w and z = (x - mean) * rstd, dx = rstd * (g - mean(g) - z * mean(g * z)); RMSNorm
 // drops the means of x and g. dw and db are the sums over rows of dy * z and dy, kept in fp32 by
 // the task that owns the rows.
 template <bool Center, bool Params, bool Stream, class T>
 APART void norm_backward_row(const T* dy, const T* dh, const T* x, const float* w, T* dx, float* dw,
                              float* db, i64 n, double eps) {
-  float mean = 0;
-  double rstd = 0, left = 0;
-  if (Center) {
-    const Moments m = moments<false>(x, x, n);
-    mean = float(m.mean);
-    rstd = 1.0 / __builtin_sqrt(m.variance + eps);
-    left = (double(mean) - m.mean) * rstd;
-  }
-  const Vec means = set1(mean);
-  double squares = 0, sum_g = 0, sum_gx = 0;
-  for (i64 at = 0; at < n; at += kBlock) {
-    Vec sq[4] = {zero(), zero(), zero(), zero()}, gs[4] = {zero(), zero(), zero(), zero()};
-    Vec gx[4] = {zero(), zero(), zero(), zero()};
-    sweep(least(kBlock, n - at), [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
-      const Vec v = get(x + at + i, lanes), g = get(dy + at + i, lanes) * get(w + at + i, lanes);
-      if (Center) {
-        gs[k] = gs[k] + g;
-        gx[k] = fma(g, v - means, gx[k]);
-      } else {
-        sq[k] = fma(v, v, sq[k]);
-        gx[k] = fma(g, v, gx[k]);
-      }
-    });
-    if (Center)
-      sum_g += total(gs);
-    else
-      squares += total(sq);
-    sum_gx += total(gx);
-  }
+  const GradientSums sums = gradient_sums<Center>(x, dy, w, n);
   const double inverse = 1.0 / double(n);
-  if (!Center) rstd = 1.0 / __builtin_sqrt(squares * inverse + eps);
+  const double rstd = 1.0 / __builtin_sqrt(sums.variance + eps);
+  const float mean = float(sums.mean);
+  const double left = (double(mean) - sums.mean) * rstd;
+  const Vec means = set1(mean);
   // The factors of dx in double, rounded once: where g and z * mean(g * z) nearly cancel, that
   // counts.
-  const double pull = -(rstd * sum_gx + left * sum_g) * inverse;
+  const double pull = -rstd * sums.gx * inverse;
   const Vec scales = set1(float(rstd)), lefts = set1(float(left)), pulls = set1(float(rstd * pull));
-  const Vec level = set1(float(left * pull - sum_g * inverse));
+  const Vec level = set1(float(left * pull - sums.g * inverse));
   const i64 ahead = reach<T>(n);
   sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
     prefetch(x + i, ahead, k);
@@ -165,7 +181,7 @@ inline void norm_backward(const NormBackward& a) {
   if (n == 0) return;
   const bool params = a.grad_weight || a.grad_bias;
   // The parts depend on the shape alone, so that the sums do not depend on the threads.
-  const i64 parts = most(1, least(128, least(a.rows / 16, a.rows * n / 16384)));
+  const i64 parts = most(1, least(64, least(a.rows / 16, a.rows * n / 16384)));
   const i64 per_part = (Center ? 2 : 1) * n;
   const Scratch scratch(n + (params ? parts * per_part : 0));
   const float* w = prepared(a.weight, a.weight_dtype, n, a.weight_offset, 1.0f, scratch.data());
@@ -191,10 +207,9 @@ inline void norm_backward(const NormBackward& a) {
       }
     });
   });
-  if (a.grad_weight)
-    reduce_parts(sums, parts, per_part, n, a.weight_dtype, a.grad_weight, a.threads);
-  if (a.grad_bias)
-    reduce_parts(sums + n, parts, per_part, n, a.weight_dtype, a.grad_bias, a.threads);
+  if (params)
+    reduce_parts(sums, parts, n, a.weight_dtype, a.grad_weight, a.grad_bias, Center ? 2 : 1,
+                 a.threads);
 }
 
 void rms_norm_fwd(const NormForward& a) { norm_forward<false>(a); }

@@ -47,7 +47,7 @@ def compare(
         for group in batches(sentences(count), batch)
     ]
     few = {name: value[:4] for name, value in inputs[0].items()}
-    handle = swap(model, verify=few)
+    handle = swap(model, verify=few)  # type: ignore[operator]
     report = handle.report()
     models = {STOCK: stock, SWAPPED: model}
     found = interleave(

@@ -60,7 +60,7 @@ class Trainer:
         if swapped:
             ids = batch_of(size, 0, device)[:2, :32]
             proof = {"input_ids": ids, "labels": ids} if verify else None
-            self.report = swap(self.model, verify=proof).report()
+            self.report = swap(self.model, verify=proof).report()  # type: ignore[operator]
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
