@@ -1,7 +1,5 @@
 """The row norms in CUDA C++: fastllm._cuda, which is there when nvcc was at build time."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,7 @@ from fastllm.core.backend import Backend
 from fastllm.ops.norm.gpu import Shape, count, plain, refusals
 
 try:
-    from fastllm import _cuda
+    from fastllm import _cuda  # type: ignore[attr-defined]
 except ImportError:
     _cuda = None
 
@@ -238,28 +236,9 @@ def add_layer_norm_backward(
     )
 
 
-def _supports(name: str) -> Any:
-    """What the kernels share, less parameters of a third dtype and 2^31 rows."""
-    shared = _SHARED[name]
-    at = 3 if name.startswith("add_") else 2
-    params = slice(at, at + 1 + ("layer" in name))
-
-    def supports(input: Tensor, *args: Any) -> str | None:
-        for param in (input, *args)[params]:
-            if param is not None and param.dtype not in (input.dtype, torch.float32):
-                return f"{param.dtype} parameters with {input.dtype} input"
-        reason = shared(input, *args)
-        if reason is None and input.numel() >= 2**31:
-            rows = input.numel() // count(args[at - 2])
-            return f"{rows} rows" if rows >= 2**31 else None
-        return reason
-
-    return supports
-
-
-_SHARED = refusals(("cuda",))
-BACKENDS = {
-    op.__name__: Backend("cuda", op, backward, _supports(op.__name__), available)
+_SUPPORTS = refusals(("cuda",), any_params=False)
+BACKENDS: dict[str, Backend] = {
+    op.__name__: Backend("cuda", op, backward, _SUPPORTS[op.__name__], available)
     for op, backward in (
         (rms_norm, rms_norm_backward),
         (layer_norm, layer_norm_backward),

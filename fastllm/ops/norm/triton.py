@@ -194,8 +194,8 @@ def group_norm_backward(
     )
 
 
-_SUPPORTS = refusals(("cpu",) if _interpreted() else ("cuda", "xpu"))
-BACKENDS = {
+_SUPPORTS = refusals(("cpu",) if _interpreted() else ("cuda", "xpu"), any_params=True)
+BACKENDS: dict[str, Backend] = {
     op.__name__: Backend("triton", op, backward, _SUPPORTS[op.__name__], available)
     for op, backward in (
         (rms_norm, rms_norm_backward),
