@@ -179,7 +179,7 @@ PyObject* fast_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::copy(args, args + kInputs, tensors);
   std::copy(params, params + kParams, tensors + kInputs);
   const Answer a = examine(tensors, kInputs + kParams);
-  if (a != kRun) return answer(a);
+  if (a == kDecline) return answer(a);
 
   View x, residual, views[kParams];
   if (!x.read(args[0])) return answer(kDecline);
@@ -194,6 +194,7 @@ PyObject* fast_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const double eps = PyFloat_AsDouble(args[kCount - 2]);
   const double offset = PyFloat_AsDouble(args[kCount - 1]);
   if (PyErr_Occurred()) return PyErr_Clear(), answer(kDecline);
+  if (a == kWantsGrad) return answer(a);  // every check has passed: what runs next makes none
 
   const int64_t bytes = x.bytes();
   void *out = nullptr, *sum = nullptr;

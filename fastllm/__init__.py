@@ -7,7 +7,11 @@ See fastllm.functional, fastllm.nn, and `fastllm --help`.
 """
 
 from fastllm import functional as functional
+from fastllm import nn as nn
 from fastllm.core.backend import backend as backend
 from fastllm.core.errors import UnsupportedError as UnsupportedError
+from fastllm.core.memory import empty_cache as empty_cache
+from fastllm.core.memory import memory_stats as memory_stats
+from fastllm.swap import swap as swap
 
 __version__ = "0.1.0"

@@ -27,9 +27,9 @@ def pytest_collection_modifyitems(config, items):
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     pruned = pytest.mark.skip(reason="only with --exhaustive")
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        if "slow" in item.keywords and not config.getoption("--exhaustive"):
+        if item.get_closest_marker("slow") and not config.getoption("--exhaustive"):
             item.add_marker(pruned)
 
 

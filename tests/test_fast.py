@@ -82,6 +82,9 @@ def declined(name):
 def test_declines_what_is_not_ordinary(name):
     for what, args in declined(name):
         assert OPS[name].fast(*args) is None, what
+        if isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
+            wants = args[0].detach().requires_grad_()
+            assert OPS[name].fast(wants, *args[1:]) is None, f"{what}, with gradients"
 
 
 @each_fast

@@ -4,6 +4,9 @@ A fast call (csrc/fast_call.cpp) is a whole eager call in C: it checks, allocate
 answers None when the call is not an ordinary one, True when it is but wants gradients.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 
@@ -12,7 +15,7 @@ from fastllm.core import memory
 from fastllm.core.backend import choice
 
 # each says 0, False or None in an ordinary eager call
-GUARDS = (
+GUARDS: tuple[Callable[[], Any], ...] = (
     torch._C._len_torch_dispatch_stack,
     torch._C._len_torch_function_stack,
     torch._C._functorch.peek_interpreter_stack,

@@ -8,10 +8,10 @@ from torch import Tensor
 from fastllm.core.backend import Backend
 from fastllm.core.dispatch import register
 from fastllm.core.op import Op
-from fastllm.ops.norm import cpu, reference, spec, stock
+from fastllm.ops.norm import cpu, cuda, reference, spec, stock, triton
 from fastllm.ops.norm.cases import cases
 
-TABLES = (cpu.BACKENDS, stock.BACKENDS)
+TABLES = (cpu.BACKENDS, triton.BACKENDS, cuda.BACKENDS, stock.BACKENDS)
 
 
 def _implementations(name: str) -> list[Backend]:

@@ -352,7 +352,7 @@ def _channels_last(input: Tensor) -> bool:
     return kind is not None and input.is_contiguous(memory_format=kind)
 
 
-BACKENDS = {
+BACKENDS: dict[str, Backend] = {
     "rms_norm": Backend("cpu", rms_norm, rms_norm_backward, _rms, fast=_C.fast_rms_norm),
     "layer_norm": Backend("cpu", layer_norm, layer_norm_backward, _layer, fast=_C.fast_layer_norm),
     "add_rms_norm": Backend(

@@ -100,7 +100,7 @@ def _add_layer(
     return refused(torch.result_type(x, r), x, weight=w, bias=b)
 
 
-BACKENDS = {
+BACKENDS: dict[str, Backend] = {
     "rms_norm": Backend("torch", rms_norm, supports=_rms),
     "layer_norm": Backend("torch", layer_norm, supports=_layer),
     "add_rms_norm": Backend("torch", add_rms_norm, supports=_add_rms),

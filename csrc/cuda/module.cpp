@@ -1,0 +1,119 @@
+// fastllm._cuda: kernels in CUDA C++. Pointers and the stream are integers, 0 for none; dtype
+// codes 0 float32, 1 bfloat16, 2 float16. The caller has checked shapes and allocated.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+
+#include "cuda/norm.h"
+#include "cuda/norm_params.h"
+
+namespace py = pybind11;
+using namespace fastllm;
+
+namespace {
+
+template <typename T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(int error) {
+  if (error != 0) throw std::runtime_error(std::string("CUDA: ") + error_text(error));
+}
+
+bool check_dtypes(int dtype, int weight_dtype) {
+  if (dtype < 0 || dtype > 2) throw py::value_error("dtype: expected 0, 1 or 2");
+  if (weight_dtype != dtype && weight_dtype != 0) {
+    throw py::value_error("weight_dtype: expected dtype or 0");
+  }
+  return weight_dtype == 0;
+}
+
+void check_sizes(int64_t rows, int64_t cols) {
+  if (rows < 1 || rows > INT32_MAX) throw py::value_error("rows: out of range");
+  if (cols < 1 || cols > (int64_t{1} << 30)) throw py::value_error("cols: out of range");
+}
+
+// 16-byte accesses need rows that start on a multiple of 16 bytes.
+template <typename... Pointers>
+bool aligned(int dtype, int64_t cols, Pointers... pointers) {
+  return cols % (dtype == 0 ? 4 : 8) == 0 && ((pointers % 16 == 0) && ...);
+}
+
+void forward(bool center, int dtype, int weight_dtype, uintptr_t input, uintptr_t residual,
+             uintptr_t weight, uintptr_t bias, uintptr_t output, uintptr_t new_residual,
+             int64_t rows, int64_t cols, float eps, float offset, int device, uintptr_t stream) {
+  const bool wide = check_dtypes(dtype, weight_dtype);
+  check_sizes(rows, cols);
+  const Forward p = {pointer(input), pointer(residual), pointer(weight), pointer(bias),
+                     pointer(output), pointer(new_residual), rows, static_cast<int>(cols),
+                     eps, offset, wide};
+  const bool fits =
+      aligned(dtype, cols, input, residual, weight, bias, output, new_residual);
+  py::gil_scoped_release release;
+  check(norm_fwd(center, dtype, p, fits, device, pointer(stream)));
+}
+
+// How many float32 values the workspace of such a backward call has to hold.
+int64_t workspace_size(int dtype, int sums, int64_t rows, int64_t cols, int device) {
+  check_dtypes(dtype, dtype);
+  check_sizes(rows, cols);
+  int64_t size = 0;
+  for (const bool fits : {false, aligned(dtype, cols)}) {  // the pointers are not known yet
+    BackwardPlan plan;
+    check(plan_backward(dtype, rows, cols, fits, device, &plan));
+    size = std::max(size, plan.stats + plan.programs * cols * sums);
+  }
+  return size;
+}
+
+void backward(bool center, int dtype, int weight_dtype, uintptr_t grad_output,
+                 uintptr_t grad_new_residual, uintptr_t input, uintptr_t weight,
+                 uintptr_t grad_input, uintptr_t grad_weight, uintptr_t grad_bias,
+                 uintptr_t workspace, int64_t rows, int64_t cols, float eps, float offset,
+                 int device, uintptr_t stream) {
+  const bool wide = check_dtypes(dtype, weight_dtype);
+  check_sizes(rows, cols);
+  const bool fits =
+      aligned(dtype, cols, grad_output, grad_new_residual, input, weight, grad_input);
+  BackwardPlan plan;
+  check(plan_backward(dtype, rows, cols, fits, device, &plan));
+  const int64_t sums = plan.programs * cols;
+  Backward p = {};
+  p.dy = pointer(grad_output);
+  p.dh = pointer(grad_new_residual);
+  p.h = pointer(input);
+  p.weight = pointer(weight);
+  p.dx = pointer(grad_input);
+  p.dw = pointer(grad_weight);
+  p.db = pointer(grad_bias);
+  p.stats = pointer<float>(workspace);
+  float* free = p.stats + plan.stats;
+  p.dw_sums = grad_weight ? free : nullptr;
+  p.db_sums = grad_bias ? free + (grad_weight ? sums : 0) : nullptr;
+  p.rows = rows;
+  p.cols = static_cast<int>(cols);
+  p.eps = eps;
+  p.offset = offset;
+  p.wide = wide;
+  p.cluster = plan.cluster;
+  py::gil_scoped_release release;
+  check(norm_bwd(center, dtype, p, plan, device, pointer(stream)));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "fastllm's CUDA C++ kernels; see fastllm.ops for their use";
+  m.def("norm_fwd", &forward, py::arg("center"), py::arg("dtype"), py::arg("weight_dtype"),
+        py::arg("input"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
+        py::arg("output"), py::arg("new_residual"), py::arg("rows"), py::arg("cols"),
+        py::arg("eps"), py::arg("weight_offset"), py::arg("device"), py::arg("stream"));
+  m.def("norm_bwd_workspace", &workspace_size, py::arg("dtype"), py::arg("sums"),
+        py::arg("rows"), py::arg("cols"), py::arg("device"));
+  m.def("norm_bwd", &backward, py::arg("center"), py::arg("dtype"), py::arg("weight_dtype"),
+        py::arg("grad_output"), py::arg("grad_new_residual"), py::arg("input"),
+        py::arg("weight"), py::arg("grad_input"), py::arg("grad_weight"), py::arg("grad_bias"),
+        py::arg("workspace"), py::arg("rows"), py::arg("cols"), py::arg("eps"),
+        py::arg("weight_offset"), py::arg("device"), py::arg("stream"));
+}

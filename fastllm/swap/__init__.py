@@ -1,0 +1,45 @@
+"""fastllm.swap(model): fast modules put into this model in place, provably and reversibly.
+
+    handle = fastllm.swap(model, verify=inputs)
+    print(handle.report())
+    handle.restore()
+
+A swap changes the class of a module instance to a subclass of its own class and nothing else:
+parameters, buffers, hooks, tied weights, optimizers, device maps and wrappers keep seeing the
+very same objects.
+
+rules.py     what matches -> what replaces it
+probe.py     which norm a module computes, found out by running it
+rewrite.py   residual additions fused into the norm that follows them
+verify.py    the proof on the user's own input
+handle.py    the order of it all, and the way back
+"""
+
+import sys
+import types
+from typing import Any
+
+from fastllm.swap.engine import swap_model
+from fastllm.swap.handle import Handle, restore
+from fastllm.swap.report import Report, Row
+
+__all__ = ["Handle", "Report", "Row", "restore", "swap"]
+
+
+class _Callable(types.ModuleType):
+    """The package is the function, too: `fastllm.swap(model)` and `fastllm.swap.rules` work."""
+
+    def __call__(
+        self,
+        model: Any,
+        include: Any = None,
+        exclude: Any = None,
+        verify: Any = None,
+        backend: str | None = None,
+    ) -> Handle:
+        return swap_model(model, include, exclude, verify, backend)
+
+
+_Callable.__call__.__doc__ = swap_model.__doc__
+swap = sys.modules[__name__]
+swap.__class__ = _Callable

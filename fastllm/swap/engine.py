@@ -1,0 +1,148 @@
+"""swap(): plan without touching anything, change, prove, and go back at the first exception."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastllm.core.backend import check_name
+from fastllm.core.errors import UnsupportedError
+from fastllm.core.op import OPS
+from fastllm.swap import classes, rewrite, rules
+from fastllm.swap.handle import Handle
+from fastllm.swap.recompile import Unfusable
+from fastllm.swap.report import Report, Row
+from fastllm.swap.select import Paths, chosen, paths_of
+from fastllm.swap.verify import Verification
+
+ALREADY = "already swapped"
+
+
+def swap_model(
+    model: nn.Module,
+    include: Any = None,
+    exclude: Any = None,
+    verify: Any = None,
+    backend: str | None = None,
+) -> Handle:
+    """Puts fastllm's modules into `model`, in place, in this instance only.
+
+    model    any torch.nn.Module
+    include  what may be swapped: globs on module paths ("model.layers.*"), classes, or a
+             callable(path, module) -> bool, alone or in a list; a module stands for all in it
+    exclude  what may not, in the same form
+    verify   inputs of the model: a tensor, a tuple of arguments, a dict of keyword arguments, or
+             a list of such. Outputs and gradients are compared with float64 before and after;
+             what is over the error budget is put back, and the report says so
+    backend  forces a backend in every swapped module; None: the best one
+
+    Returns a Handle: report(), restore(), a context manager. Swapping again does nothing. If
+    anything is raised on the way, the model is as it was. Raises TypeError or ValueError naming
+    the argument, and UnsupportedError when `backend` cannot run here.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    backend = check_name(backend)
+    if backend is not None:
+        _check_available(backend)
+    paths = paths_of(model)
+    allowed = set(paths) if include is None else chosen(model, paths, "include", include)
+    barred = set() if exclude is None else chosen(model, paths, "exclude", exclude)
+    proof = None if verify is None else Verification(model, verify)
+    handle = Handle(model)
+    plan, rows = _plan(paths, allowed, barred, backend)
+    if proof is not None:
+        proof.before({m: choice for m, (_, choice) in plan.items()})
+    try:
+        for module, (path, choice) in plan.items():
+            handle.change(path, module, choice.recipe)  # type: ignore[arg-type]
+        blocks = _fuse(handle, paths, barred, rows)
+        if proof is not None:
+            proof.after(handle, rows, blocks)
+    except BaseException:
+        handle.restore()
+        raise
+    order = {names[0]: i for i, names in enumerate(paths.values())}
+    handle._report = Report(sorted(rows, key=lambda row: order[row.path]))
+    if proof is not None:
+        handle._report.notes = proof.notes
+    return handle
+
+
+def _check_available(backend: str) -> None:
+    ops = {name: op.backends.get(backend) for name, op in OPS.items() if op.family == "norm"}
+    missing = [
+        f"  {name}: {'no such backend' if b is None else b.missing}"
+        for name, b in ops.items()
+        if b is None or b.missing
+    ]
+    if len(missing) == len(ops):
+        raise UnsupportedError("\n".join([f"backend: {backend!r} cannot run here", *missing]))
+
+
+def _plan(
+    paths: Paths, allowed: set[nn.Module], barred: set[nn.Module], backend: str | None
+) -> tuple[dict[nn.Module, tuple[str, rules.Choice]], list[Row]]:
+    """What to change into what; nothing is changed yet."""
+    context = rules.Context(backend, {})
+    plan: dict[nn.Module, tuple[str, rules.Choice]] = {}
+    rows: list[Row] = []
+    for module, (path, *others) in paths.items():
+        name = type(module).__name__
+        if module not in allowed or module in barred:
+            continue
+        if classes.recipe_of(module) is not None:
+            rows.append(Row(path, name, reason=ALREADY))
+            continue
+        choice = rules.choose(module, context)
+        if choice is None:
+            continue
+        reason = choice.reason or classes.unfit(module)
+        row = Row(path, name, reason=reason or "")
+        rows.append(row)
+        if reason is None and choice.recipe is not None:
+            plan[module] = (path, choice)
+            offset = getattr(choice.recipe, "offset", 0.0)
+            row.new = f"fastllm {choice.op}" + (f", weight + {offset:g}" if offset else "")
+            row.new += f" (also {', '.join(others)})" if others else ""
+            row.backend, row.error = rules.backend_name(choice, module), choice.error
+    return plan, rows
+
+
+def _fuse(
+    handle: Handle, paths: Paths, barred: set[nn.Module], rows: list[Row]
+) -> dict[nn.Module, Row]:
+    """Fuses additions in the parents of the norms that this handle swapped."""
+    norms = set(handle.modules.values())
+    known: dict[Any, Any] = {}
+    blocks: dict[nn.Module, Row] = {}
+    for module, (path, *_) in paths.items():
+        mine = [
+            n for n, child in module._modules.items() if child in norms and hasattr(child, "add")
+        ]
+        if (
+            not mine
+            or module in barred
+            or isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule)
+        ):
+            continue
+        base = classes.original(module)
+        row = Row(path, type(module).__name__)
+        try:
+            flags = tuple((n, v) for n, v in vars(module).items() if type(v) is bool)
+            key = (base, tuple(module._modules), flags)
+            if key not in known:
+                known[key] = rewrite.sites(base, module)
+            found = [name for name in known[key] if name in mine]
+            row.reason = (classes.unfit(module) or "") if found else ""
+        except Unfusable as error:
+            found, row.reason = [], f"additions not fused: {error}"
+        if not found and not row.reason:
+            continue
+        rows.append(row)
+        if row.reason:
+            continue
+        handle.change(path, module, rewrite.FuseAdds(tuple(sorted(found))))
+        row.new, row.adds = "addition + " + ", ".join(found), len(found)
+        blocks[module] = row
+    return blocks

@@ -1,0 +1,89 @@
+"""What a swap did: one row for each module it changed or looked at and left alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+COLUMNS = ("path", "from", "to", "backend", "error", "why left")
+
+
+@dataclass
+class Row:
+    """One module. `error` against float64 and its `budget`; `reason` is set where it was left."""
+
+    path: str
+    old: str
+    new: str = ""
+    backend: str = ""
+    error: float | None = None
+    budget: float | None = None
+    reason: str = ""
+    adds: int = 0
+
+    def cells(self) -> tuple[str, ...]:
+        error = "" if self.error is None else f"{self.error:.1e}"
+        if self.error is not None and self.budget is not None:
+            error += f" of {self.budget:.1e}"
+        return (self.path or "(the model)", self.old, self.new, self.backend, error, self.reason)
+
+
+@dataclass
+class Report:
+    """Rows in the model's order, and notes about the whole. `str` is a plain table."""
+
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def swapped(self) -> list[Row]:
+        """Norms that run fastllm's code now."""
+        return [row for row in self.rows if row.new and not row.reason and not row.adds]
+
+    @property
+    def fused(self) -> list[Row]:
+        """Blocks with additions fused into the norm that follows."""
+        return [row for row in self.rows if row.adds and not row.reason]
+
+    @property
+    def adds(self) -> int:
+        """How many additions are fused."""
+        return sum(row.adds for row in self.fused)
+
+    @property
+    def left(self) -> list[Row]:
+        """What was looked at and left alone, or put back: `reason` says why."""
+        return [row for row in self.rows if row.reason]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        norms = _count(len(self.swapped), "norm")
+        text = f"swapped {norms}, fused {_count(self.adds, 'residual addition')}"
+        return text + f", left {len(self.left)} alone"
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        lines = [self.summary, *self.notes]
+        if self.rows:
+            cells = [COLUMNS, *(row.cells() for row in self.rows)]
+            used = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells[1:])]
+            widths = {i: max(len(row[i]) for row in cells) for i in used}
+            lines += ["", *("  ".join(r[i].ljust(widths[i]) for i in used).rstrip() for r in cells)]
+        return "\n".join(lines)
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(*COLUMNS, title="\n".join([self.summary, *self.notes]))
+        for row in self.rows:
+            table.add_row(*row.cells())
+        return table
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
