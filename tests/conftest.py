@@ -18,6 +18,14 @@ def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true", help="run every case, not the pruned set")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """A plain `pytest` uses every core; a run of some files, or with -n, is left alone."""
+    whole = config.args_source.name == "TESTPATHS"
+    if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses = len(os.sched_getaffinity(0))
+
+
 def pytest_configure(config):
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
