@@ -37,7 +37,7 @@ def level(request):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Parallel regions on a busy machine wait for each other; a test that wants threads sets them."""
+    """On a busy machine parallel regions wait long; a test that wants threads sets them."""
     torch.set_num_threads(1)
 
 
