@@ -179,6 +179,24 @@ inline void norm_backward_rows(const NormBackward& a, const float* w, float* dw,
   if (Stream) stream_fence();
 }
 
+// The rows [from, to) with their sums in dw and db (one after the other, `width` floats): a few rows
+// at a time in `run`, so that no sum is a long chain of roundings.
+template <bool Center, bool Stream, class T>
+inline void norm_backward_sums(const NormBackward& a, const float* w, float* sums, float* run,
+                               i64 width, i64 from, i64 to) {
+  constexpr i64 kRun = 16;
+  for (i64 at = from; at == from || at < to; at += kRun) {
+    float* into = at == from ? sums : run;
+    sweep(width, [&](auto lanes, i64 i, int) INLINE_LAMBDA { put<false>(into + i, zero(), lanes); });
+    norm_backward_rows<Center, true, Stream, T>(a, w, into, into + a.cols, at,
+                                                least(to, at + kRun));
+    if (into == run)
+      sweep(width, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+        put<false>(sums + i, get(sums + i, lanes) + get(run + i, lanes), lanes);
+      });
+  }
+}
+
 template <bool Center>
 inline void norm_backward(const NormBackward& a) {
   const i64 n = a.cols;
@@ -187,9 +205,9 @@ inline void norm_backward(const NormBackward& a) {
   // The parts depend on the shape alone, so that the sums do not depend on the threads.
   const i64 parts = most(1, least(64, least(a.rows / 16, a.rows * n / 16384)));
   const i64 per_part = (Center ? 2 : 1) * n;
-  const Scratch scratch(n + (params ? parts * per_part : 0));
+  const Scratch scratch(n + (params ? 2 * parts * per_part : 0));
   const float* w = prepared(a.weight, a.weight_dtype, n, a.weight_offset, 1.0f, scratch.data());
-  float* sums = scratch.data() + n;
+  float *sums = scratch.data() + n, *runs = sums + parts * per_part;
   with_type(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const i64 row_bytes = n * i64(sizeof(T)), bytes = a.rows * row_bytes;
@@ -199,12 +217,10 @@ inline void norm_backward(const NormBackward& a) {
         params ? parts : most(1, ceil_div(a.rows, rows_per_task(a.rows, bytes, threads)));
     parallel_for(tasks, threads, [&](i64 task) {
       const i64 from = a.rows * task / tasks, to = a.rows * (task + 1) / tasks;
-      float *dw = sums + task * per_part, *db = dw + n;
       if (params) {
-        sweep(per_part,
-              [&](auto lanes, i64 i, int) INLINE_LAMBDA { put<false>(dw + i, zero(), lanes); });
-        stream ? norm_backward_rows<Center, true, true, T>(a, w, dw, db, from, to)
-               : norm_backward_rows<Center, true, false, T>(a, w, dw, db, from, to);
+        float *own = sums + task * per_part, *run = runs + task * per_part;
+        stream ? norm_backward_sums<Center, true, T>(a, w, own, run, per_part, from, to)
+               : norm_backward_sums<Center, false, T>(a, w, own, run, per_part, from, to);
       } else {
         stream ? norm_backward_rows<Center, false, true, T>(a, w, nullptr, nullptr, from, to)
                : norm_backward_rows<Center, false, false, T>(a, w, nullptr, nullptr, from, to);
