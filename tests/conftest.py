@@ -21,7 +21,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """A plain `pytest` uses every core; a run of some files, or with -n, is left alone."""
-    whole = config.args_source.name == "TESTPATHS"
+    worker = "PYTEST_XDIST_WORKER" in os.environ  # has the same arguments, must not start others
+    whole = config.args_source.name == "TESTPATHS" and not worker
     if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses = len(os.sched_getaffinity(0))
 
