@@ -198,7 +198,8 @@ def test_check_that_checks_nothing_is_an_error(monkeypatch, capsys):
 # ---- bench
 
 
-def test_bench_measures_writes_and_reads_back(quick_limits, tmp_path, capsys):
+def test_bench_measures_writes_and_reads_back(quick_limits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal folds the headings
     argv = [
         "bench",
         "--op",
