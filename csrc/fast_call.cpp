@@ -28,7 +28,7 @@ struct Torch {
   PyObject *tensor, *parameter;
   PyObject *empty_like, *pool_empty_like;
   int64_t pool_from;
-  PyObject *grad_enabled, *threads;
+  PyObject *is_negative, *grad_enabled, *threads;
   PyObject *choice, *forward_ad;
   PyObject* guards[kMaxGuards];
   int guard_count;
@@ -60,9 +60,14 @@ bool nothing_special() {
   return name == Py_None;
 }
 
+// A tensor of torch's own class whose bytes are its values: no lazy negation.
 bool plain(PyObject* object) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  return type == torch_.tensor || type == torch_.parameter;
+  if (type != torch_.tensor && type != torch_.parameter) return false;
+  PyObject* negative = PyObject_CallOneArg(torch_.is_negative, object);
+  if (!negative) return PyErr_Clear(), false;
+  Py_DECREF(negative);
+  return negative == Py_False;
 }
 
 bool wants_grad(PyObject* object) {
@@ -224,11 +229,11 @@ PyObject* fast_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return result;
 }
 
-// bind_torch(Tensor, Parameter, empty_like, pool_empty_like, pool_from, is_grad_enabled,
-//            get_num_threads, choice, forward_ad.__dict__, guards)
+// bind_torch(Tensor, Parameter, empty_like, pool_empty_like, pool_from, Tensor.is_neg,
+//            is_grad_enabled, get_num_threads, choice, forward_ad.__dict__, guards)
 void bind_torch(py::object tensor, py::object parameter, py::object empty_like,
-                py::object pool_empty_like, int64_t pool_from, py::object grad_enabled,
-                py::object threads, py::object choice, py::dict forward_ad, py::tuple guards) {
+                py::object pool_empty_like, int64_t pool_from, py::object is_negative,
+                py::object grad_enabled, py::object threads, py::object choice, py::dict forward_ad, py::tuple guards) {
   py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
   auto* api = static_cast<const dlpack::ExchangeApi*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -240,6 +245,7 @@ void bind_torch(py::object tensor, py::object parameter, py::object empty_like,
   torch_.empty_like = empty_like.release().ptr();
   torch_.pool_empty_like = pool_empty_like.release().ptr();
   torch_.pool_from = pool_from;
+  torch_.is_negative = is_negative.release().ptr();
   torch_.grad_enabled = grad_enabled.release().ptr();
   torch_.threads = threads.release().ptr();
   torch_.choice = choice.release().ptr();

@@ -200,6 +200,21 @@ def test_partial_gradients(op):
 
 
 @each_op
+def test_lazy_negation(op):
+    """The bytes of a negative view are not its values."""
+    args = typical(op).args()
+    view = torch._neg_view(-args[0])
+    assert view.is_neg() and view.is_contiguous()
+    for backend in (None, "reference"):
+        for a, b in zip(
+            _tuple(op(view, *args[1:], backend=backend)),
+            _tuple(op(*args, backend=backend)),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+@each_op
 def test_expanded_upstream_gradient(op):
     """`.sum().backward()` sends a gradient of stride 0; `.t()` consumers one that is transposed."""
     args = leaves(op, typical(op).args())

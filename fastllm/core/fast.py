@@ -29,6 +29,7 @@ _C.bind_torch(
     torch.empty_like,
     memory.empty_like,
     memory.POOL_FROM,
+    torch.Tensor.is_neg,
     torch.is_grad_enabled,
     torch.get_num_threads,
     choice,

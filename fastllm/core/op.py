@@ -116,6 +116,8 @@ class Op:
                 # a foreign subclass (DTensor, a quantized weight) knows torch's ops, not ours
                 known = isinstance(tensor, _TRACED)
                 return self.dispatch(args, backend) if known else self.composite(args, backend)
+            if tensor.is_neg():  # a lazy negation: the bytes are not the values
+                return self.dispatch(args, backend)
             grad = grad or tensor.requires_grad
         if _modes() or _function_modes() or _tracing() or _autocast():
             return self.dispatch(args, backend)
@@ -262,6 +264,7 @@ def _differentiable(op: Op) -> Callable[..., Any]:
             wanted = ctx.needs_input_grad[1:]
             # create_graph: plain torch code, so that the gradient can be differentiated again
             backward = op.reference_backward if _grad_enabled() else run.backward
+            grads = tuple(g if g is None else g.resolve_neg() for g in grads)
             results = backward(*op.first_grad(grads, saved), *saved, op.needs(wanted))
             return (None, *op.scatter(results, len(wanted)))
 
