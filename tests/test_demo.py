@@ -186,6 +186,8 @@ def test_interrupt_leaves_nothing_broken(tmp_path):
         from fastllm.cli import main
         from fastllm.cli.demo import encoder
 
+        # a shell starts what it puts in the background with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         measured = encoder.interleave
         def interrupted(*args, **kwargs):
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
