@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastllm
-from fastllm.core.op import OPS
+from fastllm.core.backend import Backend
+from fastllm.core.op import OPS, Op, Schema
 from fastllm.core.proof import compare, prove, run
 
 CASES = [
@@ -333,3 +334,43 @@ def test_tensor_subclasses_keep_their_class(op):
     for ours, stock in zip(_tuple(op(wrapped, *args[1:])), _tuple(op(*args)), strict=True):
         assert type(ours) is Wrapped
         torch.testing.assert_close(ours.as_subclass(Tensor), stock, rtol=1e-5, atol=1e-5)
+
+
+def test_in_place_ops_bump_the_version(monkeypatch):
+    """A kernel's write is invisible to autograd; an op that says it mutates makes it visible."""
+    monkeypatch.setattr("fastllm.core.op.OPS", {})
+
+    def scale(input, factor):
+        input.detach().numpy()[...] *= factor  # as a kernel does: through the pointer
+        return input
+
+    op = Op(
+        name="scale_",
+        family="toy",
+        schema=Schema(
+            "Tensor input, float factor", "Tensor", "Tensor grad, float factor", "Tensor"
+        ),
+        tensors=(0,),
+        saved=lambda args, out: (args[1],),
+        saved_tensors=(),
+        gradients={0: 0},
+        check=lambda *_: None,
+        fake=lambda input, factor: input,
+        fake_backward=lambda factor: (None,),
+        reference=scale,
+        reference_backward=lambda grad, factor, needs: (grad * factor,),
+        implementations=[Backend("reference", scale, lambda grad, factor, needs: (grad * factor,))],
+        cost=lambda *_: None,
+        mutates=(0,),
+    )
+    x = torch.ones(3)
+    op(x, 2.0)
+    assert x._version == 1 and x.tolist() == [2.0] * 3
+    leaf = torch.ones(3, requires_grad=True)
+    y = leaf * 1.0
+    square = y * y
+    assert op(y, 3.0).tolist() == [3.0] * 3
+    y.sum().backward()
+    assert leaf.grad.tolist() == [3.0] * 3
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()

@@ -32,11 +32,6 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return _distances(value, exact)[0]
 
 
-def error_budget(stock: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> float:
-    """What `relative_error` may be, given stock PyTorch's result in the same dtype."""
-    return _budgets(stock, exact, dtype)[0]
-
-
 def compare(name: str, value: Tensor, stock: Tensor, exact: Tensor) -> Proof:
     """Holds `value` against the budget that `stock` and the float64 `exact` set."""
     if value.shape != exact.shape or value.dtype != stock.dtype:

@@ -34,109 +34,84 @@ def _twice(saved: tuple) -> tuple:
     return (saved[0], *saved)
 
 
-rms_norm_op = register(
-    Op(
-        name="rms_norm",
+def _register(name: str, **facts: Any) -> Op:
+    """The op `name`: what its name settles, and the facts that are its own."""
+    op = Op(
+        name=name,
         family="norm",
-        schema=spec.SCHEMAS["rms_norm"],
-        tensors=(0, 2),
-        saved=_inputs,
-        saved_tensors=(0, 2),
-        gradients={0: 0, 2: 1},
-        check=spec.check_rms,
-        fake=spec.fake_norm,
-        fake_backward=spec.fake_rms_backward,
-        reference=reference.rms_norm,
-        reference_backward=reference.rms_norm_backward,
-        implementations=_implementations("rms_norm"),
-        cost=spec.cost_norm,
-        cases=cases("rms_norm"),
-        autocast={"cuda": torch.float32},
+        schema=spec.SCHEMAS[name],
+        reference=getattr(reference, name),
+        reference_backward=getattr(reference, f"{name}_backward"),
+        implementations=_implementations(name),
+        cases=cases(name),
+        **facts,
     )
+    return register(op)
+
+
+rms_norm_op = _register(
+    "rms_norm",
+    tensors=(0, 2),
+    saved=_inputs,
+    saved_tensors=(0, 2),
+    gradients={0: 0, 2: 1},
+    check=spec.check_rms,
+    fake=spec.fake_norm,
+    fake_backward=spec.fake_rms_backward,
+    cost=spec.cost_norm,
+    autocast={"cuda": torch.float32},
 )
-layer_norm_op = register(
-    Op(
-        name="layer_norm",
-        family="norm",
-        schema=spec.SCHEMAS["layer_norm"],
-        tensors=(0, 2, 3),
-        saved=_inputs,
-        saved_tensors=(0, 2, 3),
-        gradients={0: 0, 2: 1, 3: 2},
-        check=spec.check_layer,
-        fake=spec.fake_norm,
-        fake_backward=spec.fake_layer_backward,
-        reference=reference.layer_norm,
-        reference_backward=reference.layer_norm_backward,
-        implementations=_implementations("layer_norm"),
-        cost=spec.cost_norm,
-        cases=cases("layer_norm"),
-        autocast={"cuda": torch.float32},
-    )
+layer_norm_op = _register(
+    "layer_norm",
+    tensors=(0, 2, 3),
+    saved=_inputs,
+    saved_tensors=(0, 2, 3),
+    gradients={0: 0, 2: 1, 3: 2},
+    check=spec.check_layer,
+    fake=spec.fake_norm,
+    fake_backward=spec.fake_layer_backward,
+    cost=spec.cost_norm,
+    autocast={"cuda": torch.float32},
 )
-add_rms_norm_op = register(
-    Op(
-        name="add_rms_norm",
-        family="norm",
-        schema=spec.SCHEMAS["add_rms_norm"],
-        tensors=(0, 1, 3),
-        saved=_sum,
-        saved_tensors=(0, 2),
-        gradients={0: 0, 1: 0, 3: 1},
-        outputs=2,
-        forward_args=_twice,
-        check=spec.check_add_rms,
-        fake=spec.fake_add_norm,
-        fake_backward=spec.fake_rms_backward,
-        reference=reference.add_rms_norm,
-        reference_backward=reference.add_rms_norm_backward,
-        implementations=_implementations("add_rms_norm"),
-        cost=spec.cost_add_norm,
-        cases=cases("add_rms_norm"),
-        autocast_composite=("cuda",),
-    )
+add_rms_norm_op = _register(
+    "add_rms_norm",
+    tensors=(0, 1, 3),
+    saved=_sum,
+    saved_tensors=(0, 2),
+    gradients={0: 0, 1: 0, 3: 1},
+    outputs=2,
+    forward_args=_twice,
+    check=spec.check_add_rms,
+    fake=spec.fake_add_norm,
+    fake_backward=spec.fake_rms_backward,
+    cost=spec.cost_add_norm,
+    autocast_composite=("cuda",),
 )
-add_layer_norm_op = register(
-    Op(
-        name="add_layer_norm",
-        family="norm",
-        schema=spec.SCHEMAS["add_layer_norm"],
-        tensors=(0, 1, 3, 4),
-        saved=_sum,
-        saved_tensors=(0, 2, 3),
-        gradients={0: 0, 1: 0, 3: 1, 4: 2},
-        outputs=2,
-        forward_args=_twice,
-        check=spec.check_add_layer,
-        fake=spec.fake_add_norm,
-        fake_backward=spec.fake_layer_backward,
-        reference=reference.add_layer_norm,
-        reference_backward=reference.add_layer_norm_backward,
-        implementations=_implementations("add_layer_norm"),
-        cost=spec.cost_add_norm,
-        cases=cases("add_layer_norm"),
-        autocast_composite=("cuda",),
-    )
+add_layer_norm_op = _register(
+    "add_layer_norm",
+    tensors=(0, 1, 3, 4),
+    saved=_sum,
+    saved_tensors=(0, 2, 3),
+    gradients={0: 0, 1: 0, 3: 1, 4: 2},
+    outputs=2,
+    forward_args=_twice,
+    check=spec.check_add_layer,
+    fake=spec.fake_add_norm,
+    fake_backward=spec.fake_layer_backward,
+    cost=spec.cost_add_norm,
+    autocast_composite=("cuda",),
 )
-group_norm_op = register(
-    Op(
-        name="group_norm",
-        family="norm",
-        schema=spec.SCHEMAS["group_norm"],
-        tensors=(0, 2, 3),
-        saved=_inputs,
-        saved_tensors=(0, 2, 3),
-        gradients={0: 0, 2: 1, 3: 2},
-        check=spec.check_group,
-        fake=spec.fake_norm,
-        fake_backward=spec.fake_layer_backward,
-        reference=reference.group_norm,
-        reference_backward=reference.group_norm_backward,
-        implementations=_implementations("group_norm"),
-        cost=spec.cost_norm,
-        cases=cases("group_norm"),
-        autocast={"cuda": torch.float32},
-    )
+group_norm_op = _register(
+    "group_norm",
+    tensors=(0, 2, 3),
+    saved=_inputs,
+    saved_tensors=(0, 2, 3),
+    gradients={0: 0, 2: 1, 3: 2},
+    check=spec.check_group,
+    fake=spec.fake_norm,
+    fake_backward=spec.fake_layer_backward,
+    cost=spec.cost_norm,
+    autocast={"cuda": torch.float32},
 )
 
 

@@ -1,6 +1,5 @@
 """The norm family's contract: schemas, argument checks, fake kernels, costs."""
 
-import math
 from typing import Any
 
 import torch
@@ -236,9 +235,3 @@ def cost_add_norm(input: Tensor, residual: Tensor, *_: Any) -> Cost:
     """Forward reads two and writes two; backward reads dy, dh and h and writes the gradient."""
     size, n = input.numel() * input.element_size(), input.numel()
     return Cost(4 * size, 4 * size, 6 * n, 11 * n)
-
-
-def rows_and_cols(input: Tensor, shape: Shape) -> tuple[int, int]:
-    """`input` as a matrix: (rows, elements that are normalized together)."""
-    cols = shape[0] if len(shape) == 1 else math.prod(shape)
-    return (input.numel() // cols if cols else 0), cols
