@@ -4,8 +4,19 @@
 """
 
 from fastllm.optim.adam import Adam, AdamW
+from fastllm.optim.backward import step_in_backward
 from fastllm.optim.grads import accumulate_grad, clip_grad_norm_
 from fastllm.optim.lion import Lion
+from fastllm.optim.scaler import GradScaler
 from fastllm.optim.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "Lion", "accumulate_grad", "clip_grad_norm_"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "GradScaler",
+    "Lion",
+    "accumulate_grad",
+    "clip_grad_norm_",
+    "step_in_backward",
+]

@@ -55,6 +55,7 @@ class Fused(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.seed = int(seed)
         self.grad_norm: float | None = None  # of the last step, where max_grad_norm is given
+        self.measured_norm: float | None = None  # of gradients that a GradScaler has just read
         self.backend_used: str | None = None
         self._step_supports_amp_scaling = True
 
@@ -101,6 +102,7 @@ class Fused(Optimizer):
         """One step with the gradients that are there."""
         found = getattr(self, "found_inf", None)
         if found is not None and found.item():
+            self.measured_norm = None
             return
         factor = self._factor()
         name = choice.name
@@ -153,7 +155,7 @@ class Fused(Optimizer):
         factor = 1.0 if scale is None else 1.0 / float(scale)
         if self.max_grad_norm is None:
             return factor
-        norm = self.__dict__.pop("measured_norm", None)  # a GradScaler has just found it
+        norm, self.measured_norm = self.measured_norm, None
         if norm is None:
             params = (p for g in self.param_groups for p in g["params"])
             norm = gradients.norm_of([p.grad for p in params if p.grad is not None])[0]
