@@ -11,6 +11,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/pool.h"
+#include "call_key.h"
 #include "fast_call.h"
 
 namespace py = pybind11;
@@ -161,6 +162,7 @@ PYBIND11_MODULE(_C, m) {
   fastllm::guard_fork();
   fastllm::init_isa();
   fastllm::def_fast_calls(m);
+  fastllm::def_call_key(m);
 
   def_kernel<rms_norm_fwd>(m, "rms_norm_fwd",
                            "dtype, weight_dtype, input, residual, weight, output, new_residual, "
