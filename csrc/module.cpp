@@ -51,12 +51,19 @@ py::dict pool_stats() {
 
 }  // namespace
 
+#ifndef FASTLLM_SOURCES
+#define FASTLLM_SOURCES
+#endif
+#define TEXT_OF(...) #__VA_ARGS__
+#define TEXT(...) TEXT_OF(__VA_ARGS__)
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CPU kernels on raw pointers; dtype codes: 0 float32, 1 bfloat16, 2 float16.";
   fastllm::guard_fork();
   fastllm::init_isa();
   fastllm::def_fast_calls(m);
   fastllm::def_call_key(m);
+  m.attr("sources") = TEXT(FASTLLM_SOURCES);  // "norm:hash,...": what the kernels were built from
 
   fastllm::bindings::bind_norm(m);
 

@@ -281,6 +281,12 @@ def test_entries_of_other_kernels_are_not_used(tuned, monkeypatch):
     assert ours(LAYER(*args))
 
 
+def test_kernel_sources_are_told_apart():
+    norm, other = facts.source_hash("norm", "cpu"), facts.source_hash("no such family", "cpu")
+    assert "norm:" in _C.sources and norm != other
+    assert facts.source_hash("norm", "cuda") not in (norm, facts.source_hash("other", "cuda"))
+
+
 def test_entries_of_another_version_are_in_another_file(tuned, monkeypatch):
     before = table.user_path("cpu")
     monkeypatch.setattr(facts, "_cpu", lambda isa: {"isa": isa, "torch": "9.9"})

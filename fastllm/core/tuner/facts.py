@@ -92,7 +92,8 @@ def source_hash(family: str, kind: str) -> str:
     Kernels are found by name: norm's are in norm.* and group_norm.*. Where no file is named after
     the family, every kernel counts.
     """
-    hashes = dict(getattr(_C, "sources", {})) if kind == "cpu" else _triton_sources()
+    pairs = [p.split(":") for p in _C.sources.split(",") if p]
+    hashes = dict(pairs) if kind == "cpu" else _triton_sources()
     own = {n: h for n, h in hashes.items() if n == family or n.endswith(f"_{family}")}
     text = repr(sorted((own or hashes).items()))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
