@@ -2,11 +2,14 @@
 
 An `Op` needs nothing. What is no op (an optimizer's step, a module, a training step) registers:
 
-    def trial(device, direction):
+    def trial(device, direction):  # "step"
         p, g = tensors(device)
         return Trial(
             ours=lambda: lambda i: ours.step(),
-            stock={"eager": lambda: lambda i: adamw.step(), "fused": lambda: lambda i: fused.step()},
+            stock={
+                "eager": lambda: lambda i: plain.step(),
+                "fused": lambda: lambda i: fused.step(),
+            },
             nbytes=28 * p.numel(),
             flops=12 * p.numel(),
         )
