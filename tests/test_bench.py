@@ -77,7 +77,7 @@ def test_bench_measures_writes_and_reads_back(quick_limits, tmp_path, capsys, mo
     assert run["overhead"][0]["grad, eager"] > 0
     assert "cuda only" in run["absent"]["liger-kernel"]
     stored = sorted(p.suffix for p in (tmp_path / "out").iterdir())
-    assert stored == [".json", ".md"]
+    assert stored == [".html", ".json", ".md"]
     page = next((tmp_path / "out").glob("*.md")).read_text()
     assert "## rms_norm" in page
     assert "1x64-fp32 (warm)" in page
