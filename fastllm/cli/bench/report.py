@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -12,8 +13,9 @@ from fastllm.cli.console import table
 _HEAD = ("case", "direction", "threads", "runs on", "µs", "vs eager", "vs compiled")
 _LEGEND = (
     "vs: how many times faster ours is, the median over interleaved rounds, with the quartiles "
-    "where they are more than 5% apart. limit: share of the speed of a plain copy of as many bytes "
-    "into an existing tensor, in the same run. warm: too small to be rotated past the cache. "
+    "where they are more than 5% apart. limit: the time that a plain copy of as many bytes into an "
+    "existing tensor takes, or as many operations at the fastest rate of the run (marked c), over "
+    "ours. warm: too small to be rotated past the cache. "
     f"**loses to**: that is faster than ours by more than {TIE:.0%}."
 )
 
@@ -46,7 +48,7 @@ def markdown(run: dict[str, Any]) -> str:
         "",
     ]
     parts += [_LEGEND, "", *limits(run), ""]
-    parts += [f"{tally(run['rows'])}.", ""]
+    parts += [f"{tally(run['rows'])}{unfinished(run)}.", ""]
     for op in dict.fromkeys(row["op"] for row in run["rows"]):
         rows = [row for row in run["rows"] if row["op"] == op]
         peers = peer_names(rows)
@@ -118,6 +120,11 @@ def tally(rows: list[dict[str, Any]]) -> str:
     return f"{text}; {wrong} are wrong and were not timed" if wrong else text
 
 
+def unfinished(run: dict[str, Any]) -> str:
+    """A note on a run that ended before all was measured."""
+    return "" if run["complete"] else f"; the run ended before all {run['planned']} were measured"
+
+
 def ratio(row: dict[str, Any], name: str) -> str:
     """`3.1x`, with the quartiles where they are far apart; a dash where there is none."""
     found = row["speedup"].get(name)
@@ -129,8 +136,39 @@ def ratio(row: dict[str, Any], name: str) -> str:
 
 
 def share(row: dict[str, Any]) -> str:
-    """Of the limit, in percent."""
-    return "-" if row["limit_share"] is None else f"{row['limit_share']:.0%}"
+    """Of the limit, in percent; `c` where operations and not bytes are the limit."""
+    if row["limit_share"] is None:
+        return "-"
+    return f"{row['limit_share']:.0%}" + " c" * (row["bound"] == "compute")
+
+
+def print_limits(console: Console, entries: Iterable[dict[str, Any]]) -> None:
+    """The limits of the machine, one line a thread count."""
+    for x in entries:
+        products = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in x["matmul_gflop_s"].items())
+        console.print(
+            f"limits on {x['threads']} thread(s): copy {x['copy_gb_s']:.1f} GB/s, read "
+            f"{x['read_gb_s']:.1f} GB/s, matrix product in GFLOP/s: {products}"
+        )
+
+
+def print_wrong(console: Console, rows: Iterable[dict[str, Any]]) -> None:
+    """Why rows have no speedup, and why candidates are absent."""
+    rows = list(rows)
+    for reason in dict.fromkeys(row["wrong"] for row in rows if row["wrong"]):
+        console.print(f"  no speedup: {reason}", style="bold red", markup=False)
+    absent = {f"{n}: {why}" for row in rows for n, why in row["absent"].items()}
+    for text in sorted(absent):
+        console.print(f"  absent from some rows: {text}", style="dim", markup=False)
+
+
+def print_end(console: Console, run: dict[str, Any]) -> None:
+    """What belongs to the run as a whole."""
+    if run["overhead"]:
+        console.print(overhead_table(run["overhead"]))
+    for name, reason in run["absent"].items():
+        console.print(f"  {name} is absent: {reason}", style="dim", markup=False)
+    console.print(tally(run["rows"]))
 
 
 def _cells(row: dict[str, Any], peers: list[str]) -> list[str]:
