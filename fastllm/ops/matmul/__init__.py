@@ -79,7 +79,7 @@ linear_pre_op = _register(
     "linear_pre",
     tensors=(0, 1, 2, 3),
     saved=_linear_pre_saved,
-    saved_tensors=(0, 1, 2, 3),
+    saved_tensors=(3, 0, 1, 2),  # first what has the output's shape
     gradients={0: 0, 1: 1, 2: 2, 3: 3},
     outputs=2,
     forward_args=_linear_again,
@@ -103,7 +103,7 @@ gated_linear_pre_op = _register(
     "gated_linear_pre",
     tensors=(0, 1, 2),
     saved=_gated_pre_saved,
-    saved_tensors=(0, 1, 2, 3, 4),
+    saved_tensors=(3, 4, 0, 1, 2),
     gradients={0: 0, 1: 1, 2: 2},
     outputs=3,
     forward_args=_gated_again,

@@ -30,7 +30,8 @@ def linear_pre(
 ) -> tuple[Tensor, Tensor]:
     """(y, z) with z = x W^T + b, y = act(z) + residual"""
     z = _pre(input, weight, bias)
-    return _finish(z, residual, activation).to(input.dtype), z.to(input.dtype)
+    y = _finish(z, residual, activation)
+    return (y.clone() if y is z else y).to(input.dtype), z.to(input.dtype)
 
 
 def gated_linear(input: Tensor, weight_gate: Tensor, weight_up: Tensor, activation: str) -> Tensor:
