@@ -91,8 +91,8 @@ class NinjaBuild(build_ext):
             target = Path(self.get_ext_fullpath(ext.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             objects = []
-            for source in map(Path, ext.sources):
-                obj = temp / ext.name / f"{source.name}.o"
+            for source, family in variants(ext.sources):
+                obj = temp / ext.name / f"{source.name}{family and '.' + family}.o"
                 if source.suffix == ".cu":
                     own = [
                         "-O3",
@@ -105,6 +105,7 @@ class NinjaBuild(build_ext):
                     rule = "cuda"
                 else:
                     own, rule = [*flags, *ext.extra_compile_args], "cxx"
+                    own += [f"-DFAMILY={family}"] if family else []
                 lines.append(
                     f"build {esc(obj)}: {rule} {esc(ROOT / source)}\n  flags = {' '.join(own)}"
                 )
@@ -117,6 +118,14 @@ class NinjaBuild(build_ext):
         if self.parallel:
             command += ["-j", str(self.parallel)]
         subprocess.run(command, check=True)
+
+
+def variants(sources):
+    """(source, kernel family) to compile: a level of the CPU kernels once a family, others once."""
+    families = sorted(path.stem for path in (CSRC / "cpu" / "kernels").glob("*.h"))
+    for source in map(Path, sources):
+        for family in families if source.name.startswith("level_") else [""]:
+            yield source, family
 
 
 def find_ninja():
@@ -141,7 +150,8 @@ def sources(folder, *suffixes):
 
 NVCC = find_nvcc()
 NinjaBuild.nvcc = NVCC
-extensions = [Extension("fastllm._C", sources(CSRC, ".cpp") + sources(CSRC / "cpu", ".cpp"))]
+folders = (CSRC, CSRC / "bindings", CSRC / "cpu")
+extensions = [Extension("fastllm._C", [s for f in folders for s in sources(f, ".cpp")])]
 if NVCC:
     root = cuda_root(NVCC)
     libs = next(p for p in (root / "lib64", root / "lib") if p.exists())
