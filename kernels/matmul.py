@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 from fastllm.kernels.device import multiprocessors, on
 from fastllm.kernels.matmul_configs import default_config
-from fastllm.kernels.tiles import activate, capability, tile_at
+from fastllm.kernels.tiles import (
+    activate,
+    capability,
+    contiguous_rows,
+    describable,
+    tile_at,
+    workspace,
+)
+
+MAX_BATCH = 65535  # programs along the third axis of a grid
 
 
 @triton.jit
@@ -125,6 +134,9 @@ def _matmul_kernel(
     stride_bn,
     stride_rm,
     stride_cm,
+    stride_az,
+    stride_bz,
+    stride_cz,
     scale,
     ACTIVATION: tl.constexpr,
     ADD: tl.constexpr,
@@ -136,13 +148,16 @@ def _matmul_kernel(
     SPLIT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    # Program (p, s) of (P, S) owns the tiles p, p + P, ... of C, and of each the s-th part of K;
-    # where S > 1, C is [S, M, N] and takes the bare sums.
+    # Program (p, s, z) of (P, S, Z) owns the tiles p, p + P, ... of product z of the batch, and of
+    # each the s-th part of K; where S > 1, C is [S, M, N] and takes the bare sums.
+    z = tl.program_id(2).to(tl.int64)
+    a_ptr += z * stride_az
+    b_ptr += z * stride_bz
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, K)
-    c_ptr += tl.program_id(1).to(tl.int64) * M * stride_cm
+    c_ptr += tl.program_id(1).to(tl.int64) * M * stride_cm + z * stride_cz
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_at(tile, tiles_m, tiles_n, GROUP_M)
         row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -276,28 +291,6 @@ def _add_splits_kernel(
     )  # fmt: skip
 
 
-def _describable(*matrices):
-    """Whether TMA can describe them: a contiguous side, and 16-byte bases and strides."""
-    for m in matrices:
-        if m is None:
-            continue
-        base = m.storage_offset() * m.element_size() if m.is_meta else m.data_ptr()
-        rows = max(m.stride())
-        if min(m.stride()) != 1 or rows < 2 or base % 16 or rows * m.element_size() % 16:
-            return False
-    return True
-
-
-def _workspace(size, alignment, stream):
-    """Where Triton puts tensor descriptors that a kernel makes."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def _rows(matrix):
-    """`matrix` with contiguous rows, itself where they are."""
-    return matrix if matrix is None or matrix.stride(1) == 1 else matrix.contiguous()
-
-
 def _precision(dtype, tf32):
     return "tf32" if tf32 and dtype == torch.float32 else "ieee"
 
@@ -342,7 +335,7 @@ def _launch(
         sms = multiprocessors(a.device)
         config = default_config(m, n, k, dtype, chip, sms, tf32=tf32, products=products)
     bias = None if bias is None else bias.contiguous()
-    residual = _rows(residual)
+    residual = contiguous_rows(residual)
     stride_rm = 0 if residual is None else residual.stride(0)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     programs = min(tiles, multiprocessors(a.device)) if config.persistent else tiles
@@ -351,8 +344,8 @@ def _launch(
     blocks = (config.block_m, config.block_n, config.block_k, config.group_m)
     options = {"num_warps": config.warps, "num_stages": config.stages}
     with on(a.device):
-        if config.tma and k and _describable(a, b, b2):
-            triton.set_allocator(_workspace)
+        if config.tma and k and describable(a, b, b2):
+            triton.set_allocator(workspace)
             _matmul_tma_kernel[(programs,)](
                 a, b, b2, bias, residual, c, pre, pre2, m, n, k, max(a.stride()), max(b.stride()),
                 stride_rm, c.stride(0), scale, a.stride(1) != 1, b.stride(1) != 1, activation,
@@ -362,15 +355,15 @@ def _launch(
         even = k % config.block_k == 0
         split = config.split_k if b2 is None else 1
         if split == 1:
-            _matmul_kernel[(programs, 1)](
+            _matmul_kernel[(programs, 1, 1)](
                 a, b, b2, bias, residual, c, pre, pre2, m, n, k, *strides, stride_rm, c.stride(0),
-                scale, activation, accumulate, precision, *blocks, 1, even, **options,
+                0, 0, 0, scale, activation, accumulate, precision, *blocks, 1, even, **options,
             )  # fmt: skip
             return c, pre, pre2
         parts = torch.empty((split, m, n), dtype=torch.float32, device=a.device)
-        _matmul_kernel[(programs, split)](
-            a, b, None, None, None, parts, None, None, m, n, k, *strides, 0, n, 1.0, None, False,
-            precision, *blocks, split, even, **options,
+        _matmul_kernel[(programs, split, 1)](
+            a, b, None, None, None, parts, None, None, m, n, k, *strides, 0, n, 0, 0, 0, 1.0, None,
+            False, precision, *blocks, split, even, **options,
         )  # fmt: skip
         block_m, block_n = 16, 64
         _add_splits_kernel[(triton.cdiv(m, block_m), triton.cdiv(n, block_n))](
@@ -378,3 +371,26 @@ def _launch(
             accumulate, split, block_m, block_n, num_warps=4,
         )  # fmt: skip
     return c, pre, pre2
+
+
+def batched_matmul(a, b, *, tf32=False, config=None):
+    """C[z] = A[z] B[z] for a [Z, M, K] and b [Z, K, N], any strides (0 where one is shared)."""
+    (batch, m, k), n = a.shape, b.shape[2]
+    c = torch.empty((batch, m, n), dtype=a.dtype, device=a.device)
+    if not c.numel():
+        return c
+    if config is None:
+        tiles = max(1, multiprocessors(a.device) // batch)
+        config = default_config(m, n, k, a.dtype, capability(a.device), tiles, tf32=tf32)
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    blocks = (config.block_m, config.block_n, config.block_k, config.group_m)
+    with on(a.device):
+        for first in range(0, batch, MAX_BATCH):
+            part = slice(first, first + MAX_BATCH)
+            _matmul_kernel[(tiles, 1, min(MAX_BATCH, batch - first))](
+                a[part], b[part], None, None, None, c[part], None, None, m, n, k, *a.stride()[1:],
+                *b.stride()[1:], 0, n, a.stride(0), b.stride(0), m * n, 1.0, None, False,
+                _precision(a.dtype, tf32), *blocks, 1, k % config.block_k == 0,
+                num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
+    return c

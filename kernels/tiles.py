@@ -77,6 +77,28 @@ def capability(device):
     return (8, 0) if device.type == "xpu" else (9, 0)
 
 
+def describable(*matrices):
+    """Whether TMA can describe them: a contiguous side, and 16-byte bases and strides."""
+    for m in matrices:
+        if m is None:
+            continue
+        base = m.storage_offset() * m.element_size() if m.is_meta else m.data_ptr()
+        rows = max(m.stride())
+        if min(m.stride()) != 1 or rows < 2 or base % 16 or rows * m.element_size() % 16:
+            return False
+    return True
+
+
+def workspace(size, alignment, stream):
+    """Triton's allocator for tensor descriptors that a kernel makes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def contiguous_rows(matrix):
+    """`matrix` with contiguous rows, itself where they are."""
+    return matrix if matrix is None or matrix.stride(1) == 1 else matrix.contiguous()
+
+
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """The activation of an fp32 block; NaN stays NaN."""

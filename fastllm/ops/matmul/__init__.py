@@ -8,10 +8,10 @@ from torch import Tensor
 from fastllm.core.backend import Backend
 from fastllm.core.dispatch import register
 from fastllm.core.op import Op
-from fastllm.ops.matmul import reference, spec, stock
+from fastllm.ops.matmul import reference, spec, stock, triton
 from fastllm.ops.matmul.cases import cases
 
-TABLES = (stock.BACKENDS,)
+TABLES = (triton.BACKENDS, stock.BACKENDS)
 
 
 def _implementations(name: str) -> list[Backend]:
