@@ -24,7 +24,7 @@ MAX_BATCH = 65535  # programs along the third axis of a grid
 
 
 @triton.jit
-def _accumulate(
+def accumulate(
     a_ptr,
     b_ptr,
     b2_ptr,
@@ -162,7 +162,7 @@ def _matmul_kernel(
         tile_m, tile_n = tile_at(tile, tiles_m, tiles_n, GROUP_M)
         row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         col = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc, acc2 = _accumulate(
+        acc, acc2 = accumulate(
             a_ptr, b_ptr, b2_ptr, row, col, M, N, K, begin, end, stride_am, stride_ak, stride_bk,
             stride_bn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
         )  # fmt: skip

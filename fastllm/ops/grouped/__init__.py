@@ -8,7 +8,7 @@ from torch import Tensor
 from fastllm.core.backend import Backend
 from fastllm.core.dispatch import register
 from fastllm.core.op import Op
-from fastllm.ops.grouped import cpu, reference, spec, stock
+from fastllm.ops.grouped import cpu, reference, spec, stock, triton
 from fastllm.ops.grouped.cases import cases
 
 
@@ -32,6 +32,7 @@ grouped_linear_op = register(
         reference_backward=reference.grouped_linear_backward,
         implementations=[
             cpu.BACKEND,
+            triton.BACKEND,
             stock.BACKEND,
             Backend("reference", reference.grouped_linear, reference.grouped_linear_backward),
         ],
