@@ -56,6 +56,7 @@ PYBIND11_MODULE(_C, m) {
   fastllm::init_isa();
   fastllm::def_fast_calls(m);
 
+  fastllm::bindings::bind_gemm(m);
   fastllm::bindings::bind_norm(m);
 
   m.def("isa", &fastllm::isa, "The level of the kernels in use.");
