@@ -65,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
   fastllm::def_call_key(m);
   m.attr("sources") = TEXT(FASTLLM_SOURCES);  // "norm:hash,...": what the kernels were built from
 
+  fastllm::bindings::bind_gemm(m);
   fastllm::bindings::bind_norm(m);
 
   m.def("isa", &fastllm::isa, "The level of the kernels in use.");
