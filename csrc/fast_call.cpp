@@ -10,7 +10,7 @@
 #include <new>
 
 #include "cpu/isa.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/norm.h"
 #include "cpu/types.h"
 #include "dlpack_exchange.h"
 
@@ -208,7 +208,7 @@ PyObject* fast_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PyObject* new_residual = kAdd ? allocate_like(args[0], bytes, sum) : nullptr;
   if (kAdd && !new_residual) return Py_DECREF(output), nullptr;
   const auto pointer = [&](int p) { return params[p] == Py_None ? nullptr : views[p].data(); };
-  const NormForward arguments{x.dtype,
+  const norm::Forward arguments{x.dtype,
                               weight_dtype,
                               x.data(),
                               kAdd ? residual.data() : nullptr,
@@ -221,7 +221,7 @@ PyObject* fast_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
                               eps,
                               float(offset),
                               threads_for(bytes)};
-  const Kernels& table = kernels();
+  const norm::Kernels& table = norm::kernels();
   const bool ran = launch(kLayer ? table.layer_norm_fwd : table.rms_norm_fwd, arguments, bytes);
   PyObject* result = ran ? (kAdd ? PyTuple_Pack(2, output, new_residual) : Py_NewRef(output)) : nullptr;
   Py_DECREF(output);

@@ -7,13 +7,17 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastllm {
 namespace {
 
-struct Level {
+struct Entry {
   const char* name;
-  const Kernels* table;
+  Level level;
   bool usable;
 };
 
@@ -26,8 +30,18 @@ uint64_t saved_states() {
   return (uint64_t(high) << 32) | low;
 }
 
+// Linux hands out the tile registers only to a process that asks.
+bool tiles_granted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 struct Features {
-  bool avx2 = false, avx512 = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false;
   Features() {
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
@@ -38,40 +52,48 @@ struct Features {
     avx2 = (states & ymm) == ymm && (b & bit_AVX2);
     const uint32_t wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     avx512 = avx2 && (states & zmm) == zmm && (b & wanted) == wanted;
+    constexpr uint32_t kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+    constexpr uint64_t kTileStates = 3u << 17;
+    const bool tiles = (d & kAmxBf16) && (d & kAmxTile) && (states & kTileStates) == kTileStates;
+    if (!avx512 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
+    avx512_bf16 = a & kAvx512Bf16;
+    amx = avx512_bf16 && tiles && tiles_granted();
   }
 };
 
 #endif
 
-const std::vector<Level>& levels() {
-  static const std::vector<Level> all = [] {
-    std::vector<Level> found = {{"scalar", &kernels_scalar, true}};
+const std::vector<Entry>& levels() {
+  static const std::vector<Entry> all = [] {
+    bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false, neon = false;
 #if defined(__x86_64__)
     const Features has;
-    found.push_back({"avx2", &kernels_avx2, has.avx2});
-    found.push_back({"avx512", &kernels_avx512, has.avx512});
-    found.push_back({"neon", nullptr, false});
+    avx2 = has.avx2;
+    avx512 = has.avx512;
+    avx512_bf16 = has.avx512_bf16;
+    amx = has.amx;
 #elif defined(__aarch64__)
-    found.push_back({"avx2", nullptr, false});
-    found.push_back({"avx512", nullptr, false});
-    found.push_back({"neon", &kernels_neon, true});
-#else
-    for (const char* name : {"avx2", "avx512", "neon"}) found.push_back({name, nullptr, false});
+    neon = true;
 #endif
-    return found;
+    return std::vector<Entry>{{"scalar", kScalar, true},
+                              {"avx2", kAvx2, avx2},
+                              {"avx512", kAvx512, avx512},
+                              {"avx512_bf16", kAvx512Bf16, avx512_bf16},
+                              {"amx", kAmx, amx},
+                              {"neon", kNeon, neon}};
   }();
   return all;
 }
 
-std::atomic<const Level*> current{nullptr};
+std::atomic<const Entry*> current{nullptr};
 
-const Level* find_level(const std::string& name, const std::string& who) {
+const Entry* find_level(const std::string& name, const std::string& who) {
   std::string usable;
   bool known = false;
-  for (const Level& level : levels()) {
-    if (level.name == name && level.usable) return &level;
-    known = known || level.name == name;
-    if (level.usable) usable += (usable.empty() ? "" : ", ") + std::string(level.name);
+  for (const Entry& entry : levels()) {
+    if (entry.name == name && entry.usable) return &entry;
+    known = known || entry.name == name;
+    if (entry.usable) usable += (usable.empty() ? "" : ", ") + std::string(entry.name);
   }
   const std::string why = known ? "cannot run on this machine" : "is not a CPU level";
   throw std::invalid_argument(who + ": '" + name + "' " + why + "; available here: " + usable);
@@ -81,8 +103,8 @@ const Level* find_level(const std::string& name, const std::string& who) {
 
 std::vector<std::string> isa_levels() {
   std::vector<std::string> names;
-  for (const Level& level : levels())
-    if (level.usable) names.emplace_back(level.name);
+  for (const Entry& entry : levels())
+    if (entry.usable) names.emplace_back(entry.name);
   return names;
 }
 
@@ -92,14 +114,14 @@ void init_isa() {
     current = find_level(wish, "FASTLLM_CPU_ISA");
     return;
   }
-  for (const Level& level : levels())
-    if (level.usable) current = &level;
+  for (const Entry& entry : levels())
+    if (entry.usable) current = &entry;
 }
 
 std::string isa() { return current.load()->name; }
 
 void set_isa(const std::string& name) { current = find_level(name, "set_isa"); }
 
-const Kernels& kernels() { return *current.load(std::memory_order_relaxed)->table; }
+Level level() { return current.load(std::memory_order_relaxed)->level; }
 
 }  // namespace fastllm

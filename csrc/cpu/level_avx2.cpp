@@ -1,13 +1,9 @@
-// The avx2 level: every kernel family, compiled for it and kept to this file.
+// The avx2 level of one kernel family (family.h), kept to this file.
 #if defined(__x86_64__)
-#include <type_traits>
-
 #include <immintrin.h>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
-#include "cpu/region.h"
-#include "cpu/types.h"
+#include "cpu/family.h"
+#include FAMILY_HEADER
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -16,19 +12,18 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-namespace fastllm {
+namespace fastllm::FAMILY {
 namespace {
 #include "cpu/simd/avx2.h"
 
 #include "cpu/kernels/common.inl"
-#include "cpu/kernels/norm.inl"
-#include "cpu/kernels/group_norm.inl"
+#include FAMILY_KERNELS
 }  // namespace
 
-const Kernels kernels_avx2 = {rms_norm_fwd,   layer_norm_fwd, rms_norm_bwd,
-                              layer_norm_bwd, group_norm_fwd, group_norm_bwd};
+extern const Kernels avx2;
+const Kernels avx2 = table;
 
-}  // namespace fastllm
+}  // namespace fastllm::FAMILY
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,25 +1,20 @@
-// The neon level: every kernel family, compiled for it and kept to this file.
+// The neon level of one kernel family (family.h), kept to this file.
 #if defined(__aarch64__)
-#include <type_traits>
-
 #include <arm_neon.h>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
-#include "cpu/region.h"
-#include "cpu/types.h"
+#include "cpu/family.h"
+#include FAMILY_HEADER
 
-namespace fastllm {
+namespace fastllm::FAMILY {
 namespace {
 #include "cpu/simd/neon.h"
 
 #include "cpu/kernels/common.inl"
-#include "cpu/kernels/norm.inl"
-#include "cpu/kernels/group_norm.inl"
+#include FAMILY_KERNELS
 }  // namespace
 
-const Kernels kernels_neon = {rms_norm_fwd,   layer_norm_fwd, rms_norm_bwd,
-                              layer_norm_bwd, group_norm_fwd, group_norm_bwd};
+extern const Kernels neon;
+const Kernels neon = table;
 
-}  // namespace fastllm
+}  // namespace fastllm::FAMILY
 #endif

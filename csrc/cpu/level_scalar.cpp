@@ -1,21 +1,16 @@
-// The scalar level: every kernel family, compiled for it and kept to this file.
-#include <type_traits>
+// The scalar level of one kernel family (family.h), kept to this file.
+#include "cpu/family.h"
+#include FAMILY_HEADER
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
-#include "cpu/region.h"
-#include "cpu/types.h"
-
-namespace fastllm {
+namespace fastllm::FAMILY {
 namespace {
 #include "cpu/simd/scalar.h"
 
 #include "cpu/kernels/common.inl"
-#include "cpu/kernels/norm.inl"
-#include "cpu/kernels/group_norm.inl"
+#include FAMILY_KERNELS
 }  // namespace
 
-const Kernels kernels_scalar = {rms_norm_fwd,   layer_norm_fwd, rms_norm_bwd,
-                                layer_norm_bwd, group_norm_fwd, group_norm_bwd};
+extern const Kernels scalar;
+const Kernels scalar = table;
 
-}  // namespace fastllm
+}  // namespace fastllm::FAMILY

@@ -43,7 +43,7 @@ APART void norm_row(const T* x, const T* r, const float* w, const float* b, T* y
 }
 
 template <bool Center, bool Add, bool Stream, class T>
-inline void norm_rows(const NormForward& a, const float* w, const float* b, i64 from, i64 to) {
+inline void norm_rows(const Forward& a, const float* w, const float* b, i64 from, i64 to) {
   const i64 n = a.cols;
   const double inverse = 1.0 / double(n);
   for (i64 row = from; row < to; ++row) {
@@ -56,7 +56,7 @@ inline void norm_rows(const NormForward& a, const float* w, const float* b, i64 
 }
 
 template <bool Center>
-inline void norm_forward(const NormForward& a) {
+inline void norm_forward(const Forward& a) {
   const i64 n = a.cols;
   if (a.rows == 0 || n == 0) return;
   const Scratch scratch(2 * n);
@@ -165,7 +165,7 @@ APART void norm_backward_row(const T* dy, const T* dh, const T* x, const float* 
 }
 
 template <bool Center, bool Params, bool Stream, class T>
-inline void norm_backward_rows(const NormBackward& a, const float* w, float* dw, float* db,
+inline void norm_backward_rows(const Backward& a, const float* w, float* dw, float* db,
                                i64 from, i64 to) {
   const i64 n = a.cols;
   const double inverse = 1.0 / double(n);
@@ -182,7 +182,7 @@ inline void norm_backward_rows(const NormBackward& a, const float* w, float* dw,
 // The rows [from, to) with their sums in dw and db (one after the other, `width` floats): a few rows
 // at a time in `run`, so that no sum is a long chain of roundings.
 template <bool Center, bool Stream, class T>
-inline void norm_backward_sums(const NormBackward& a, const float* w, float* sums, float* run,
+inline void norm_backward_sums(const Backward& a, const float* w, float* sums, float* run,
                                i64 width, i64 from, i64 to) {
   constexpr i64 kRun = 16;
   for (i64 at = from; at == from || at < to; at += kRun) {
@@ -198,7 +198,7 @@ inline void norm_backward_sums(const NormBackward& a, const float* w, float* sum
 }
 
 template <bool Center>
-inline void norm_backward(const NormBackward& a) {
+inline void norm_backward(const Backward& a) {
   const i64 n = a.cols;
   if (n == 0) return;
   const bool params = a.grad_weight || a.grad_bias;
@@ -232,7 +232,12 @@ inline void norm_backward(const NormBackward& a) {
                  a.threads);
 }
 
-void rms_norm_fwd(const NormForward& a) { norm_forward<false>(a); }
-void layer_norm_fwd(const NormForward& a) { norm_forward<true>(a); }
-void rms_norm_bwd(const NormBackward& a) { norm_backward<false>(a); }
-void layer_norm_bwd(const NormBackward& a) { norm_backward<true>(a); }
+void rms_norm_fwd(const Forward& a) { norm_forward<false>(a); }
+void layer_norm_fwd(const Forward& a) { norm_forward<true>(a); }
+void rms_norm_bwd(const Backward& a) { norm_backward<false>(a); }
+void layer_norm_bwd(const Backward& a) { norm_backward<true>(a); }
+
+#include "cpu/kernels/group_norm.inl"
+
+constexpr Kernels table = {rms_norm_fwd,   layer_norm_fwd, rms_norm_bwd,
+                           layer_norm_bwd, group_norm_fwd, group_norm_bwd};

@@ -1,12 +1,12 @@
-// The arguments of each kernel family and the table of entry points that every level fills.
+// The norm family: arguments of its kernels and the table that every level fills.
 #pragma once
 #include <cstdint>
 
-namespace fastllm {
+namespace fastllm::norm {
 
 // Rows are contiguous and cols long. Pointers that may be null are marked; dtype codes are in
 // types.h.
-struct NormForward {
+struct Forward {
   int dtype, weight_dtype;
   const void* input;
   const void* residual;  // null: nothing is added
@@ -20,7 +20,7 @@ struct NormForward {
   int threads;
 };
 
-struct NormBackward {
+struct Backward {
   int dtype, weight_dtype;
   const void* grad_output;
   const void* grad_new_residual;  // null: no gradient flows there
@@ -61,12 +61,15 @@ struct GroupBackward {
 };
 
 struct Kernels {
-  void (*rms_norm_fwd)(const NormForward&);
-  void (*layer_norm_fwd)(const NormForward&);
-  void (*rms_norm_bwd)(const NormBackward&);
-  void (*layer_norm_bwd)(const NormBackward&);
+  void (*rms_norm_fwd)(const Forward&);
+  void (*layer_norm_fwd)(const Forward&);
+  void (*rms_norm_bwd)(const Backward&);
+  void (*layer_norm_bwd)(const Backward&);
   void (*group_norm_fwd)(const GroupForward&);
   void (*group_norm_bwd)(const GroupBackward&);
 };
 
-}  // namespace fastllm
+// The kernels of the level in use.
+const Kernels& kernels();
+
+}  // namespace fastllm::norm
