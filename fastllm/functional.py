@@ -3,6 +3,7 @@
 Every function takes `backend=` to force an implementation; without it, the best one here runs.
 """
 
+from fastllm.ops.activation import geglu, gelu, relu2, silu, swiglu
 from fastllm.ops.norm import (
     add_layer_norm,
     add_rms_norm,
@@ -12,3 +13,4 @@ from fastllm.ops.norm import (
 )
 
 __all__ = ["add_layer_norm", "add_rms_norm", "group_norm", "layer_norm", "rms_norm"]
+__all__ += ["geglu", "gelu", "relu2", "silu", "swiglu"]
