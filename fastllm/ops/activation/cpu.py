@@ -52,9 +52,7 @@ def _unary(function: int, x: Tensor) -> Tensor:
     else:
         (x,), rows, cols, (step,) = as_rows(x)
     out = _new(x, rows * cols)
-    _fwd(
-        CODES[x.dtype], function, x.data_ptr(), 0, out.data_ptr(), rows, cols, step, 0, _threads()
-    )
+    _fwd(CODES[x.dtype], function, x.data_ptr(), 0, out.data_ptr(), rows, cols, step, 0, _threads())
     return out
 
 

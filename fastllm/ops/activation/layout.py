@@ -25,7 +25,7 @@ def as_rows(*tensors: Tensor) -> tuple[list[Tensor], int, int, list[int]]:
 
     Contiguous tensors are one long row. Halves of a fused projection stay where they are.
     """
-    if all([t.is_contiguous() for t in tensors]):
+    if all(t.is_contiguous() for t in tensors):
         size = tensors[0].numel()
         return list(tensors), 1, size, [size] * len(tensors)
     cols = tensors[0].shape[-1]
