@@ -21,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+DOT_FAMILIES = ("gemm",)  # with kernels of their own at avx512_bf16 and amx (csrc/cpu/isa.h)
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 
@@ -127,7 +128,10 @@ def variants(sources):
     """(source, kernel family) to compile: a level of the CPU kernels once a family, others once."""
     families = sorted(path.stem for path in (CSRC / "cpu" / "kernels").glob("*.h"))
     for source in map(Path, sources):
-        for family in families if source.name.startswith("level_") else [""]:
+        wanted = families if source.name.startswith("level_") else [""]
+        if source.stem in ("level_avx512_bf16", "level_amx"):
+            wanted = [family for family in families if family in DOT_FAMILIES]
+        for family in wanted:
             yield source, family
 
 

@@ -8,4 +8,4 @@
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 // Kept out of line: compiled once however many callers it has.
-#define APART static __attribute__((noinline))
+#define APART static __attribute__((noinline, unused))
