@@ -39,6 +39,7 @@ _EXAMPLES = {
     "bench": [
         "fastllm bench --quick",
         "fastllm bench norm --op rms_norm --dtype bf16 --threads 1",
+        "fastllm bench --compare before.json after.json",
         "fastllm bench --out bench/results && fastllm bench --readme README.md",
     ],
     "demo": ["fastllm demo --out report", "fastllm demo --quick"],
@@ -105,8 +106,16 @@ def _bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     sub.add_argument(
-        "--out", type=Path, metavar="DIR", help="write DIR/<device>.json and .md (bench/results)"
+        "--out", type=Path, metavar="DIR", help="write DIR/<device>.json, .md and .html"
     )
+    sub.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="measure nothing; what is slower in B than in A beyond both runs' noise (exit code 1)",
+    )
+    sub.add_argument("--force", action="store_true", help="compare runs of different devices")
     sub.add_argument(
         "--readme",
         type=Path,

@@ -64,8 +64,9 @@ class Trial:
 class Scenario:
     """One shape and dtype of a subject.
 
-    `nbytes` is about what a call moves: it orders scenarios and picks the quick ones. `wrong`
-    proves ours on a device: the first failure in words, or None; asked before anything is timed.
+    `nbytes` is about what a call moves (or a tenth of its operations, where that is more): it
+    orders scenarios and picks the quick ones. `wrong` proves ours on a device: the first failure
+    in words, or None; asked before anything is timed.
     """
 
     name: str

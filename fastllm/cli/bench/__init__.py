@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from fastllm.cli.app import CliError
-from fastllm.cli.bench import readme, report, results
+from fastllm.cli.bench import compare, page, readme, report, results
 from fastllm.cli.bench.plan import plan, thread_counts
 from fastllm.cli.bench.session import Session, Settings
 from fastllm.cli.console import output, write_atomically
@@ -27,10 +27,13 @@ _FULL = 3600.0
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, shows, writes where asked; 1 when a kernel is wrong."""
+    """Measures, shows, writes where asked; 1 when a kernel is wrong or something regressed."""
     if args.readme:
         output().print(f"wrote {readme.rewrite(args.readme)}")
         return 0
+    if args.compare:
+        before, after = args.compare
+        return compare.run(before, after, args.force, output())
     device = _device(args.device)
     with thread_count(args.threads):
         return _measure(args, device, output())
@@ -85,6 +88,7 @@ def _write(args: argparse.Namespace, device: str, found: dict[str, Any]) -> Iter
         yield results.write(args.json, found)
     if args.out:
         name = describe(device)
+        yield write_atomically(args.out / f"{name}.html", page.html(found))
         yield write_atomically(args.out / f"{name}.md", report.markdown(found))
         yield results.write(args.out / f"{name}.json", found)
 

@@ -20,6 +20,7 @@ from fastllm.core.subject import Scenario, Subject, Trial
 Run = Callable[[], Any]  # one call, its arguments filled in
 
 DIRECTIONS = ("forward", "backward", "forward+backward")
+INTENSITY = 10  # operations that take about as long as moving a byte does
 QUICK = ("forward", "forward+backward")  # backward is about their difference
 
 
@@ -39,7 +40,9 @@ def _scenario(op: Op, case: Case, prover: "Prover") -> Scenario:
     def wrong(device: str) -> str | None:
         return prover.wrong(case, device)
 
-    return Scenario(case.name, case.dtype, cost(op, case).forward_bytes, trial, wrong)
+    least = cost(op, case)
+    size = max(least.forward_bytes, least.forward_flops // INTENSITY)
+    return Scenario(case.name, case.dtype, size, trial, wrong)
 
 
 @functools.cache

@@ -10,8 +10,8 @@ from rich.table import Table
 from fastllm.cli.bench.rows import COMPILED, COPY, EAGER, OURS, TIE
 from fastllm.cli.console import table
 
-_HEAD = ("case", "direction", "threads", "runs on", "µs", "vs eager", "vs compiled")
-_LEGEND = (
+HEAD = ("case", "direction", "threads", "runs on", "µs", "vs eager", "vs compiled")
+LEGEND = (
     "vs: how many times faster ours is, the median over interleaved rounds, with the quartiles "
     "where they are more than 5% apart. limit: the time that a plain copy of as many bytes into an "
     "existing tensor takes, or as many operations at the fastest rate of the run (marked c), over "
@@ -20,11 +20,16 @@ _LEGEND = (
 )
 
 
+def row_head(peers: list[str]) -> list[str]:
+    """What `row_cells` holds."""
+    return [*HEAD, *(f"vs {p}" for p in peers), "limit", ""]
+
+
 def terminal(op: str, rows: Iterable[dict[str, Any]]) -> Table:
     """One op's rows."""
     rows = list(rows)
     peers = peer_names(rows)
-    columns = (*_HEAD, *(f"vs {p}" for p in peers), "limit", "")
+    columns = row_head(peers)
     made = table(op, *columns, right=tuple(range(4, len(columns) - 1)))
     last = None
     for row in rows:
@@ -47,14 +52,15 @@ def markdown(run: dict[str, Any]) -> str:
         f"{run['date']}; " + ", ".join(f"{k} {v}" for k, v in versions.items() if v) + ".",
         "",
     ]
-    parts += [_LEGEND, "", *limits(run), ""]
+    parts += [LEGEND, "", *grid(*limits_table(run)), ""]
     parts += [f"{tally(run['rows'])}{unfinished(run)}.", ""]
     for op in dict.fromkeys(row["op"] for row in run["rows"]):
         rows = [row for row in run["rows"] if row["op"] == op]
         peers = peer_names(rows)
-        head = (*_HEAD, *(f"vs {p}" for p in peers), "limit", "")
-        parts += [f"## {op}", "", *grid(head, ([*_cells(r, peers), _mark(r)] for r in rows)), ""]
-    parts += [*overhead(run["overhead"]), ""]
+        head = row_head(peers)
+        parts += [f"## {op}", "", *grid(head, (row_cells(r, peers) for r in rows)), ""]
+    if run["overhead"]:
+        parts += ["## What a call costs, µs", "", *grid(*overhead_rows(run["overhead"])), ""]
     parts += [f"- {name} is absent: {reason}" for name, reason in run["absent"].items()]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -66,39 +72,37 @@ def grid(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     return lines + ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
 
 
-def limits(run: dict[str, Any]) -> list[str]:
-    """What the machine reached at most in that run."""
-    head = ("threads", "copy, GB/s", "read, GB/s", "matrix product, GFLOP/s")
+def limits_table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """What the machine reached at most in that run: head and rows."""
+    dtypes = list(dict.fromkeys(name for x in run["limits"] for name in x["matmul_gflop_s"]))
+    head = ["threads", "copy, GB/s", "read, GB/s", *(f"{d} product, GFLOP/s" for d in dtypes)]
     rows = [
-        (
+        [
             str(x["threads"]),
             f"{x['copy_gb_s']:.1f}",
             f"{x['read_gb_s']:.1f}",
-            ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in x["matmul_gflop_s"].items()),
-        )
+            *(f"{x['matmul_gflop_s'].get(d, 0):.0f}" for d in dtypes),
+        ]
         for x in run["limits"]
     ]
-    return grid(head, rows) if rows else []
+    return head, rows
 
 
-def overhead(entries: list[dict[str, Any]]) -> list[str]:
-    """What a call costs on a tiny input."""
-    if not entries:
-        return []
-    names = [n for n in entries[0] if n not in ("op", "case")]
+def overhead_rows(entries: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """What a call costs on a tiny input: head and rows."""
+    names = list(dict.fromkeys(n for e in entries for n in e if n not in ("op", "case")))
     rows = [
         [e["op"], e["case"], *(f"{e[n]:.1f}" if n in e else "-" for n in names)] for e in entries
     ]
-    return ["## What a call costs, µs", "", *grid(("op", "case", *names), rows)]
+    return ["op", "case", *names], rows
 
 
 def overhead_table(entries: list[dict[str, Any]]) -> Table:
     """The same for the terminal."""
-    names = [n for n in entries[0] if n not in ("op", "case")]
-    columns = ("op", "case", *names)
-    made = table("What a call costs, µs", *columns, right=tuple(range(2, len(columns))))
-    for e in entries:
-        made.add_row(e["op"], e["case"], *(f"{e[n]:.1f}" if n in e else "-" for n in names))
+    head, rows = overhead_rows(entries)
+    made = table("What a call costs, µs", *head, right=tuple(range(2, len(head))))
+    for row in rows:
+        made.add_row(*row)
     return made
 
 
@@ -184,6 +188,11 @@ def _cells(row: dict[str, Any], peers: list[str]) -> list[str]:
         *(ratio(row, p) for p in peers),
         share(row),
     ]
+
+
+def row_cells(row: dict[str, Any], peers: list[str]) -> list[str]:
+    """A row as text; what is bad is marked `**so**`."""
+    return [*_cells(row, peers), _mark(row)]
 
 
 def _mark(row: dict[str, Any], bad: str = "**{}**", good: str = "{}") -> str:
