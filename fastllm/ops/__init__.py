@@ -1,3 +1,4 @@
 """Every op family, one folder each. Importing this package registers them all."""
 
+from fastllm.ops import matmul as matmul
 from fastllm.ops import norm as norm
