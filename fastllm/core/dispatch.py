@@ -58,10 +58,16 @@ def _backward(op: Op) -> Any:
             *op.first_grad(grads, saved), *saved, needs
         )
         like = saved[op.saved_tensors[0]]
-        results = [like.new_empty(0) if r is None else r.contiguous() for r in results]
+        results = [like.new_empty(0) if r is None else _apart(r, given) for r in results]
         return results[0] if op.results == 1 else tuple(results)
 
     return run
+
+
+def _apart(result: Tensor, given: Any) -> Tensor:
+    """Contiguous, and no alias of an argument: a dispatcher op may not return one."""
+    own = result.contiguous()
+    return own.clone() if any(own is g for g in given) else own
 
 
 def _fake(op: Op) -> Any:

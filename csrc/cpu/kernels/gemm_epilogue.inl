@@ -133,18 +133,23 @@ void activation_backward(const ActivationBackward& a) {
   });
 }
 
-// Rows in blocks of 128, blocks added up in order: short chains of roundings.
+// 16 rows, then 16 such sums, then those: short chains of roundings.
 template <class T>
 APART void sum_columns(const RowSum& a, i64 col, int n) {
-  constexpr i64 kBlockRows = 128;
+  constexpr i64 kRows = 16;
   Vec total = zero();
-  for (i64 from = 0; from < a.m; from += kBlockRows) {
-    Vec sum = zero();
-    for (i64 i = from; i < least(a.m, from + kBlockRows); ++i) {
-      const T* x = (const T*)a.x + i * a.n + col;
-      sum = sum + (n == W ? load(x) : load(x, n));
+  for (i64 outer = 0; outer < a.m; outer += kRows * kRows) {
+    Vec middle = zero();
+    const i64 end = least(a.m, outer + kRows * kRows);
+    for (i64 from = outer; from < end; from += kRows) {
+      Vec sum = zero();
+      for (i64 i = from; i < least(end, from + kRows); ++i) {
+        const T* x = (const T*)a.x + i * a.n + col;
+        sum = sum + (n == W ? load(x) : load(x, n));
+      }
+      middle = middle + sum;
     }
-    total = total + sum;
+    total = total + middle;
   }
   if (n == W)
     store((T*)a.sums + col, total);

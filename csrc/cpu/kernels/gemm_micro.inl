@@ -3,14 +3,11 @@
 // An engine multiplies panels: [words][rows] of the left side by [words][kCols] of the right one
 // into fp32 [rows][kCols].
 
-#if defined(__AVX512F__)
-constexpr int kMostRows = 14, kVectors = 2;
-#elif defined(__AVX2__)
-constexpr int kMostRows = 6, kVectors = 2;
-#elif defined(__aarch64__)
+// Rows and vectors of sums that the registers hold beside what is multiplied.
+#if defined(__aarch64__)
 constexpr int kMostRows = 8, kVectors = 3;
 #else
-constexpr int kMostRows = 4, kVectors = 2;
+constexpr int kMostRows = W == 16 ? 14 : W == 8 ? 6 : 4, kVectors = 2;
 #endif
 
 struct MultiplyAdd {

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.core.backend import Backend
+from fastllm.core.backend import Backend, check_name, choice
 from fastllm.core.dispatch import register
 from fastllm.core.op import Op
-from fastllm.ops.matmul import reference, spec, stock, triton
+from fastllm.ops.matmul import cpu, reference, spec, stock, triton
 from fastllm.ops.matmul.cases import cases
 
-TABLES = (triton.BACKENDS, stock.BACKENDS)
+TABLES = (cpu.BACKENDS, cpu.ONEDNN, triton.BACKENDS, stock.BACKENDS)
 
 
 def _implementations(name: str) -> list[Backend]:
@@ -20,9 +20,21 @@ def _implementations(name: str) -> list[Backend]:
     return [*found, Backend("reference", plain, backward)]
 
 
+class ProductOp(Op):
+    """An op made of products: unforced on a CPU, each of them runs on the library chosen for it."""
+
+    def select(self, args: tuple, backend: str | None = None) -> Backend:
+        """The backend asked for, else the choice by product, else the first that can."""
+        name = choice.name if backend is None else check_name(backend)
+        auto = cpu.AUTO[self.name]
+        if name is None and auto.supports(*args) is None:
+            return auto
+        return super().select(args, backend)
+
+
 def _register(name: str, **facts: Any) -> Op:
     """The op `name`: what its name settles, and the facts that are its own."""
-    op = Op(
+    op = ProductOp(
         name=name,
         family="matmul",
         schema=spec.SCHEMAS[name],
