@@ -13,6 +13,15 @@ INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 INLINE Vec fma_once(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+INLINE Vec root(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+INLINE Vec quick_root(Vec a) { return root(a); }
+// The largest lane, taken as unsigned integers: of magnitudes, NaN above inf above all others.
+INLINE uint32_t top_bits(Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  __m128i m = _mm_max_epu32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+  return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1))));
+}
 INLINE float hsum(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -95,3 +104,8 @@ INLINE Vec rounded(const bf16*, Vec a) {
   return {_mm256_castsi256_ps(_mm256_and_si256(round_bf16(a.v), _mm256_set1_epi32(-65536)))};
 }
 INLINE Vec rounded(const f16*, Vec a) { return {_mm256_cvtph_ps(to_f16(a))}; }
+
+// W bytes as the 32-bit integers in the lanes.
+INLINE __m256i load_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+}

@@ -14,6 +14,10 @@ INLINE Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
 INLINE Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
 INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 INLINE Vec fma_once(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+INLINE Vec root(Vec a) { return {vsqrtq_f32(a.v)}; }
+INLINE Vec quick_root(Vec a) { return root(a); }
+// The largest lane, taken as unsigned integers: of magnitudes, NaN above inf above all others.
+INLINE uint32_t top_bits(Vec a) { return vmaxvq_u32(vreinterpretq_u32_f32(a.v)); }
 INLINE float hsum(Vec a) { return vaddvq_f32(a.v); }
 
 INLINE void hsum4(const Vec (&a)[4], float (&out)[4]) {
@@ -88,3 +92,10 @@ INLINE Vec rounded(const bf16*, Vec a) {
   return {vreinterpretq_f32_u32(vandq_u32(round_bf16(a.v), vdupq_n_u32(0xffff0000u)))};
 }
 INLINE Vec rounded(const f16*, Vec a) { return from_f16(to_f16(a)); }
+
+// W bytes as the 32-bit integers in the lanes.
+INLINE uint32x4_t load_bytes(const uint8_t* p) {
+  uint32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
+}

@@ -24,6 +24,18 @@ INLINE Vec fma_once(Vec a, Vec b, Vec c) {
                      __builtin_convertvector(c.v, f64x4);
   return {__builtin_convertvector(wide, f32x4)};
 }
+INLINE Vec root(Vec a) {
+  for (int i = 0; i < W; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
+  return a;
+}
+INLINE Vec quick_root(Vec a) { return root(a); }
+// The largest lane, taken as unsigned integers: of magnitudes, NaN above inf above all others.
+INLINE uint32_t top_bits(Vec a) {
+  const u32x4 bits = (u32x4)a.v;
+  uint32_t top = 0;
+  for (int i = 0; i < W; ++i) top = bits[i] > top ? bits[i] : top;
+  return top;
+}
 INLINE float hsum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
 
 INLINE void hsum4(const Vec (&a)[4], float (&out)[4]) {
@@ -116,3 +128,6 @@ template <class T>
 INLINE Vec rounded(const T* p, Vec a) {
   return {from_half(p, to_half(p, a.v))};
 }
+
+// W bytes as the 32-bit integers in the lanes.
+INLINE u32x4 load_bytes(const uint8_t* p) { return u32x4{p[0], p[1], p[2], p[3]}; }

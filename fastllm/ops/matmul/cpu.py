@@ -123,9 +123,7 @@ class Family:
         pre = None
         if activation is not None and any(needs[:3]):
             pre = self.linear(input, weight, bias, None, None)
-        return self._linear_backward(
-            grad_output, None, input, weight, bias, pre, activation, needs
-        )
+        return self._linear_backward(grad_output, None, input, weight, bias, pre, activation, needs)
 
     def linear_pre_backward(
         self,

@@ -1,0 +1,303 @@
+// AdamW, SGD with momentum and Lion over many tensors: one pass over memory for gradient scaling,
+// decay, moments and update, with states in float32, bfloat16 or 8-bit codes.
+
+#include "cpu/kernels/optim_codes.inl"
+
+// A task's share of the elements, and the room in which what is not float32 is worked on.
+constexpr i64 kPiece = 64 << 10;
+constexpr i64 kRoom = 4 * kScaled;
+
+struct alignas(64) Room {
+  float param[kRoom], grad[kRoom], state[3][kRoom];
+};
+
+// n values of any type as floats, with zeros up to the next whole vector.
+template <class T>
+INLINE void widen(const T* from, float* to, i64 n) {
+  i64 i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  if (i < n) store(to + i, keep(load(from + i, int(n - i)), int(n - i)));
+}
+template <class T>
+INLINE void narrow(const float* from, T* to, i64 n) {
+  i64 i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  if (i < n) store(to + i, load(from + i), int(n - i));
+}
+APART void read_as(int type, const void* from, i64 at, float* to, i64 n) {
+  with_type(type, [&](auto* t) {
+    widen(static_cast<decltype(t)>(const_cast<void*>(from)) + at, to, n);
+  });
+}
+APART void round_as(int type, void* to, i64 at, const float* from, i64 n) {
+  with_type(type, [&](auto* t) { narrow(from, static_cast<decltype(t)>(to) + at, n); });
+}
+APART void round_stochastic(bf16* to, const float* from, i64 n, uint32_t key, i64 at) {
+  Random random(key, at);
+  i64 i = 0;
+  for (; i + W <= n; i += W) store_stochastic(to + i, load(from + i), random.take(), W);
+  if (i < n) store_stochastic(to + i, load(from + i, int(n - i)), random.take(), n - i);
+}
+
+template <class C>
+APART void decode(const uint8_t* codes, const float* scales, float* x, i64 n) {
+  for (i64 i = 0; i < n; i += kScaled)
+    decode_block<C>(codes + i, scales[i / kScaled], x + i, least(kScaled, n - i));
+}
+template <class C>
+APART void encode(const float* x, uint8_t* codes, float* scales, i64 n, uint32_t key, i64 at) {
+  for (i64 i = 0; i < n; i += kScaled)
+    encode_block<C>(x + i, codes + i, scales + i / kScaled, least(kScaled, n - i), key, at + i);
+}
+
+template <class F>
+INLINE void with_code(int kept, const F& call) {
+  if (kept == kSignedRoot) call(SignedRoot{});
+  if (kept == kFourthRoot) call(FourthRoot{});
+  if (kept == kFp8) call(Fp8{});
+  if (kept == kFp8Square) call(Fp8Square{});
+}
+
+INLINE void read_state(const Tensor& t, int k, i64 at, float* x, i64 n) {
+  if (t.store[k] == kHalf) return read_as(kBFloat16, t.state[k], at, x, n);
+  with_code(t.store[k], [&](auto code) {
+    decode<decltype(code)>(static_cast<const uint8_t*>(t.state[k]) + at,
+                           t.scale[k] + at / kScaled, x, n);
+  });
+}
+// The two moments of an element take different halves of its random bits.
+INLINE void write_state(const Tensor& t, int k, i64 at, const float* x, i64 n) {
+  if (t.store[k] == kHalf)
+    return round_stochastic(static_cast<bf16*>(t.state[k]) + at, x, n, t.key + uint32_t(k), at);
+  with_code(t.store[k], [&](auto code) {
+    encode<decltype(code)>(x, static_cast<uint8_t*>(t.state[k]) + at, t.scale[k] + at / kScaled, n,
+                           t.key, at);
+  });
+}
+
+struct Floating {
+  float* param;
+  const float* grad;
+  float* state[3];
+};
+
+// m and v are the moving averages of g and g^2; p -= step * m / (sqrt(v) * root + eps).
+template <bool Decay, bool Max>
+APART void adam(const Floating& f, const Coefficients& c, i64 n) {
+  float *p = f.param, *m = f.state[0], *v = f.state[1], *most = f.state[2];
+  const float* g = f.grad;
+  const Vec scale = set1(c.grad), l2 = set1(c.l2), decay = set1(c.decay), mix1 = set1(c.mix1);
+  const Vec keep2 = set1(c.keep2), mix2 = set1(c.mix2), unbias = set1(c.root), eps = set1(c.eps);
+  const Vec step = set1(-c.step);
+  sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+    Vec param = get(p + i, lanes), grad = get(g + i, lanes) * scale;
+    if (Decay) grad = fma(l2, param, grad);
+    param = param * decay;
+    Vec first = get(m + i, lanes);
+    first = fma(mix1, grad - first, first);
+    Vec second = fma(grad * grad, mix2, get(v + i, lanes) * keep2);
+    put<false>(m + i, first, lanes);
+    put<false>(v + i, second, lanes);
+    if (Max) {
+      second = larger(second, get(most + i, lanes));
+      put<false>(most + i, second, lanes);
+    }
+    const Vec size = fma(root(second), unbias, eps);
+    put<false>(p + i, fma(step, quotient(first, size), param), lanes);
+  });
+}
+
+template <bool Decay, bool Momentum>
+APART void sgd(const Floating& f, const Coefficients& c, i64 n) {
+  float *p = f.param, *b = f.state[0];
+  const float* g = f.grad;
+  const Vec scale = set1(c.grad), l2 = set1(c.l2), step = set1(-c.step);
+  const Vec momentum = set1(c.momentum), damp = set1(c.damp);
+  sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+    const Vec param = get(p + i, lanes);
+    Vec grad = get(g + i, lanes) * scale;
+    if (Decay) grad = fma(l2, param, grad);
+    if (Momentum) {
+      const Vec buffer = fma(damp, grad, get(b + i, lanes) * momentum);
+      put<false>(b + i, buffer, lanes);
+      grad = c.nesterov ? fma(momentum, buffer, grad) : buffer;
+    }
+    put<false>(p + i, fma(step, grad, param), lanes);
+  });
+}
+
+// p -= lr * sign(beta1 m + (1 - beta1) g), and m is the average of g with beta2.
+APART void lion(const Floating& f, const Coefficients& c, i64 n) {
+  float *p = f.param, *m = f.state[0];
+  const float* g = f.grad;
+  const Vec scale = set1(c.grad), decay = set1(c.decay), mix1 = set1(c.mix1), mix2 = set1(c.mix2);
+  const Vec step = set1(-c.step);
+  sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+    const Vec grad = get(g + i, lanes) * scale, old = get(m + i, lanes);
+    const Vec along = fma(mix1, grad - old, old);
+    // sign(0) is 0, and NaN stays NaN
+    const Words one = ((Words)along.v & 0x80000000u) | 0x3f800000u;
+    const Words none = (Words)(along.v == zero().v) | (Words)(along.v != along.v);
+    const Vec sign = {(Floats)pick_words(none, (Words)along.v, one)};
+    put<false>(m + i, fma(mix2, grad - old, old), lanes);
+    put<false>(p + i, fma(step, sign, get(p + i, lanes) * decay), lanes);
+  });
+}
+
+INLINE void update(int kind, const Floating& f, const Coefficients& c, i64 n) {
+  if (kind == kAdam) {
+    if (f.state[2])
+      c.l2 != 0.0f ? adam<true, true>(f, c, n) : adam<false, true>(f, c, n);
+    else
+      c.l2 != 0.0f ? adam<true, false>(f, c, n) : adam<false, false>(f, c, n);
+  } else if (kind == kSgd) {
+    if (f.state[0])
+      c.l2 != 0.0f ? sgd<true, true>(f, c, n) : sgd<false, true>(f, c, n);
+    else
+      c.l2 != 0.0f ? sgd<true, false>(f, c, n) : sgd<false, false>(f, c, n);
+  } else {
+    lion(f, c, n);
+  }
+}
+
+// The elements [from, to) of a tensor; from is a multiple of kRoom. What lies in memory as float32
+// is updated there, the rest passes through the room.
+INLINE void piece(int kind, const Tensor& t, i64 from, i64 to) {
+  Room room;
+  bool direct = (t.master || t.param_type == kFloat32) && t.grad_type == kFloat32;
+  for (int k = 0; k < 3; ++k) direct = direct && (!t.state[k] || t.store[k] == kPlain);
+  const bool round = t.master || t.param_type != kFloat32;
+  const i64 width = direct && !round ? to - from : kRoom;
+  for (i64 at = from; at < to; at += width) {
+    const i64 n = least(width, to - at);
+    Floating f{};
+    f.param = t.master ? t.master + at : static_cast<float*>(t.param) + at;
+    if (!t.master && t.param_type != kFloat32)
+      read_as(t.param_type, t.param, at, f.param = room.param, n);
+    f.grad = static_cast<const float*>(t.grad) + at;
+    if (t.grad_type != kFloat32) {
+      read_as(t.grad_type, t.grad, at, room.grad, n);
+      f.grad = room.grad;
+    }
+    for (int k = 0; k < 3; ++k) {
+      if (!t.state[k]) continue;
+      f.state[k] = static_cast<float*>(t.state[k]) + at;
+      if (t.store[k] != kPlain) read_state(t, k, at, f.state[k] = room.state[k], n);
+    }
+    update(kind, f, *t.use, n);
+    for (int k = 0; k < 3; ++k)
+      if (t.state[k] && t.store[k] != kPlain) write_state(t, k, at, f.state[k], n);
+    if (!round) continue;
+    if (t.stochastic)
+      round_stochastic(static_cast<bf16*>(t.param) + at, f.param, n, mixed(t.key), at);
+    else
+      round_as(t.param_type, t.param, at, f.param, n);
+  }
+}
+
+// Deals the elements of all tensors out to tasks, in order, and calls body(tensor, from, to) for each
+// tensor's part of a task; parts start at multiples of `unit`.
+template <class T, class F>
+INLINE void each_piece(const T* tensors, i64 count, i64 unit, i64 bytes_each, int threads,
+                       const F& body) {
+  i64 total = 0;
+  for (i64 i = 0; i < count; ++i) total += ceil_div(tensors[i].n, unit);
+  if (total == 0) return;
+  threads = useful_threads(total * unit * bytes_each, threads);
+  // small sums are dealt out finely enough to be even, large ones in pieces
+  const i64 share = most(1, least(kPiece / unit, ceil_div(total, 4 * i64(threads))));
+  const i64 tasks = ceil_div(total, share);
+  const Scratch scratch(4 * tasks);  // where each task starts: a tensor, and a unit of it
+  i64* starts = reinterpret_cast<i64*>(scratch.data());
+  i64 tensor = 0, at = 0;
+  for (i64 task = 0; task < tasks; ++task, at += share) {
+    for (i64 units; at >= (units = ceil_div(tensors[tensor].n, unit)); ++tensor) at -= units;
+    starts[2 * task] = tensor;
+    starts[2 * task + 1] = at;
+  }
+  parallel_for(tasks, threads, [&](i64 task) {
+    i64 i = starts[2 * task], from = starts[2 * task + 1] * unit, left = share * unit;
+    for (; i < count && left > 0; ++i, from = 0) {
+      const i64 to = least(tensors[i].n, from + left);
+      if (from >= to) continue;
+      body(i, from, to);
+      left -= ceil_div(to - from, unit) * unit;
+    }
+  });
+}
+
+void step(const Step& s) {
+  each_piece(s.tensors, s.count, kRoom, 28, s.threads,
+             [&](i64 i, i64 from, i64 to) { piece(s.kind, s.tensors[i], from, to); });
+}
+
+// Sums of this many squares run in fp32, their sums in double; both in an order of their own.
+constexpr i64 kSummed = 8192;
+
+struct Measured {
+  double squares;
+  uint32_t largest;  // the bits of the largest magnitude: NaN above inf above all others
+};
+
+template <class T>
+APART Measured measured(const T* x, i64 n) {
+  Vec acc[4] = {zero(), zero(), zero(), zero()};
+  Words top[4] = {words(0), words(0), words(0), words(0)};
+  sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+    const Vec v = get(x + i, lanes);
+    const Words bits = magnitude(v);
+    top[k] = pick_words((Words)(bits > top[k]), bits, top[k]);
+    acc[k] = fma(v, v, acc[k]);
+  });
+  Measured out{total(acc), 0};
+  for (int k = 0; k < 4; ++k)
+    for (int l = 0; l < W; ++l) out.largest = top[k][l] > out.largest ? top[k][l] : out.largest;
+  if (out.largest < 0x7f800000u && !(out.squares < 3.0e38)) {  // squares beyond fp32
+    out.squares = 0;
+    for (i64 i = 0; i < n; i += W) {
+      float lane[W];
+      store(lane, load(x + i, int(least(W, n - i))));
+      for (int l = 0; l < W; ++l) out.squares += double(lane[l]) * double(lane[l]);
+    }
+  }
+  return out;
+}
+
+void measure(const Gradients& a) {
+  i64 units = 0;
+  for (i64 i = 0; i < a.count; ++i) units += ceil_div(a.tensors[i].n, kSummed);
+  const Scratch scratch(4 * units + 2 * a.count);
+  Measured* parts = reinterpret_cast<Measured*>(scratch.data());
+  i64* first = reinterpret_cast<i64*>(parts + units);
+  for (i64 i = 0, at = 0; i < a.count; at += ceil_div(a.tensors[i].n, kSummed), ++i) first[i] = at;
+  each_piece(a.tensors, a.count, kSummed, 4, a.threads, [&](i64 i, i64 from, i64 to) {
+    with_type(a.tensors[i].type, [&](auto* type) {
+      const auto* x = static_cast<decltype(type)>(a.tensors[i].data);
+      for (i64 at = from; at < to; at += kSummed)
+        parts[first[i] + at / kSummed] = measured(x + at, least(kSummed, to - at));
+    });
+  });
+  for (i64 i = 0; i < a.count; ++i) {
+    const i64 end = first[i] + ceil_div(a.tensors[i].n, kSummed);
+    uint32_t largest = 0;
+    a.squares[i] = 0;
+    for (i64 k = first[i]; k < end; ++k) {
+      a.squares[i] += parts[k].squares;
+      largest = parts[k].largest > largest ? parts[k].largest : largest;
+    }
+    __builtin_memcpy(&a.largest[i], &largest, 4);
+  }
+}
+
+void scale(const Gradients& a) {
+  const Vec factor = set1(a.factor);
+  each_piece(a.tensors, a.count, kRoom, 8, a.threads, [&](i64 i, i64 from, i64 to) {
+    with_type(a.tensors[i].type, [&](auto* type) {
+      auto* x = static_cast<decltype(type)>(a.tensors[i].data) + from;
+      sweep(to - from, [&](auto lanes, i64 k, int)
+                           INLINE_LAMBDA { put<false>(x + k, get(x + k, lanes) * factor, lanes); });
+    });
+  });
+}
+
+constexpr Kernels table = {step, measure, scale};
