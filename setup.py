@@ -6,7 +6,9 @@ Metadata lives in pyproject.toml. Environment:
   CXX, CXXFLAGS          the C++ compiler and extra flags
 """
 
+import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -107,6 +109,7 @@ class NinjaBuild(build_ext):
                 else:
                     own, rule = [*flags, *ext.extra_compile_args], "cxx"
                     own += [f"-DFAMILY={family}"] if family else []
+                    own += [f"-DFASTLLM_SOURCES={hashes()}"] if source.name == "module.cpp" else []
                 lines.append(
                     f"build {esc(obj)}: {rule} {esc(ROOT / source)}\n  flags = {' '.join(own)}"
                 )
@@ -130,6 +133,15 @@ def variants(sources):
             wanted = [family for family in families if family in DOT_FAMILIES]
         for family in wanted:
             yield source, family
+
+
+def hashes():
+    """name:hash of each name's kernel sources, comments aside: what a measurement holds for."""
+    found = {}
+    for path in sorted((CSRC / "cpu" / "kernels").iterdir()):
+        code = " ".join(re.sub(r"//.*", "", path.read_text()).split())
+        found.setdefault(path.stem, hashlib.sha256()).update(code.encode())
+    return ",".join(f"{name}:{text.hexdigest()[:12]}" for name, text in found.items())
 
 
 def find_ninja():
@@ -171,6 +183,7 @@ if NVCC:
 setup(
     packages=[*find_packages(include=["fastllm", "fastllm.*"]), "fastllm.kernels"],
     package_dir={"fastllm.kernels": "kernels"},
+    package_data={"fastllm": ["tables/*.json"]},
     ext_modules=extensions,
     cmdclass={"build_ext": NinjaBuild},
 )

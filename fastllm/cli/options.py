@@ -39,6 +39,7 @@ _EXAMPLES = {
     "bench": [
         "fastllm bench --quick",
         "fastllm bench norm --op rms_norm --dtype bf16 --threads 1",
+        "fastllm bench --compare before.json after.json",
         "fastllm bench --out bench/results && fastllm bench --readme README.md",
     ],
     "demo": ["fastllm demo --out report", "fastllm demo --quick"],
@@ -90,18 +91,31 @@ def _bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dtype", metavar="NAME", help="only this dtype: fp32, bf16, fp16")
     sub.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: a GPU if any)")
     _threads(sub, "this many CPU threads (default: all, and then one)")
-    sub.add_argument("--quick", action="store_true", help="one case an op and dtype; a few minutes")
+    sub.add_argument(
+        "--quick", action="store_true", help="one case an op and dtype; under five minutes"
+    )
     sub.add_argument(
         "--budget",
         type=_seconds,
         metavar="SECONDS",
-        help="time for a row (default: 1, quick: 0.3)",
+        help="time for the whole run, shared by its rows (default: 3600, quick: 240)",
+    )
+    sub.add_argument(
+        "--fresh", action="store_true", help="do not go on with a run that was cut off"
     )
     sub.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     sub.add_argument(
-        "--out", type=Path, metavar="DIR", help="write DIR/<device>.json and .md (bench/results)"
+        "--out", type=Path, metavar="DIR", help="write DIR/<device>.json, .md and .html"
     )
+    sub.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="measure nothing; what is slower in B than in A beyond both runs' noise (exit code 1)",
+    )
+    sub.add_argument("--force", action="store_true", help="compare runs of different devices")
     sub.add_argument(
         "--readme",
         type=Path,

@@ -1,24 +1,90 @@
-"""What is timed: one op on one case in one direction, as candidates for the timing engine."""
+"""Every op as a subject: its cases tagged "bench", in each direction, proven before it is timed."""
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastllm import functional
-from fastllm.core.cases import Case
-from fastllm.core.measure import Call, Factory, copies, rotation, size_of
+from fastllm.cli.bench import peers
+from fastllm.core.cases import Case, Cost
+from fastllm.core.measure import Call, Factory, copies, one_line, rotation, size_of
 from fastllm.core.op import Op
+from fastllm.core.proof import prove
+from fastllm.core.subject import Scenario, Subject, Trial
 
 Run = Callable[[], Any]  # one call, its arguments filled in
 
 DIRECTIONS = ("forward", "backward", "forward+backward")
+INTENSITY = 10  # operations that take about as long as moving a byte does
+QUICK = ("forward", "forward+backward")  # backward is about their difference
 
 
-class Subject:
+def subject(op: Op) -> Subject:
+    """What the bench times of an op."""
+    prover = Prover(op)
+    scenarios = [_scenario(op, case, prover) for case in op.cases if "bench" in case.tags]
+    if not op.gradients:
+        return Subject(op.name, op.family, scenarios, ("forward",))
+    return Subject(op.name, op.family, scenarios, DIRECTIONS, QUICK)
+
+
+def _scenario(op: Op, case: Case, prover: "Prover") -> Scenario:
+    def trial(device: str, direction: str) -> Trial:
+        return Inputs(op, case, device, direction).trial()
+
+    def wrong(device: str) -> str | None:
+        return prover.wrong(case, device)
+
+    least = cost(op, case)
+    size = max(least.forward_bytes, least.forward_flops // INTENSITY)
+    return Scenario(case.name, case.dtype, size, trial, wrong)
+
+
+@functools.cache
+def cost(op: Op, case: Case) -> Cost:
+    """The least that a call must do, from shapes alone where the case allows it."""
+    try:
+        with FakeTensorMode():
+            return op.cost(*case.args())
+    except Exception:  # a case that looks at its own values needs real ones
+        return op.cost(*case.args())
+
+
+class Prover:
+    """Proves what is about to be timed, once: no speedup is printed for what fails its cases."""
+
+    def __init__(self, op: Op) -> None:
+        self.op = op
+        self._known: dict[tuple[str, str], str | None] = {}
+
+    def wrong(self, case: Case, device: str) -> str | None:
+        """The first failure of the op's untimed cases, and of this one, where auto runs it."""
+        backend = self.op.select(case.args(device)).name
+        key = (backend, device)
+        if key not in self._known:
+            others = [c for c in self.op.cases if "bench" not in c.tags]
+            self._known[key] = self._first_failure(backend, device, others)
+        return self._known[key] or self._first_failure(backend, device, [case])
+
+    def _first_failure(self, backend: str, device: str, cases: Sequence[Case]) -> str | None:
+        for case in cases:
+            if self.op.why_not(backend, case.args(device)) is not None:
+                continue
+            try:
+                proof = prove(self.op, case, backend, device)
+            except Exception as error:
+                return f"{self.op.name} {case.name}: {one_line(error)}"
+            if not proof.ok:
+                return proof.message
+        return None
+
+
+class Inputs:
     """Inputs of one case, rotated, and what a call does with them.
 
     `direction` forward runs the function alone, backward only the gradients (the graph is made
@@ -47,24 +113,41 @@ class Subject:
         return self.inputs[0][0]
 
     @property
-    def warm(self) -> bool:
-        """Whether the inputs stay in the cache: too small to rotate past it."""
-        return self.sets == 1
+    def work(self) -> tuple[int, int]:
+        """The least bytes that have to move, and the least floating point operations."""
+        x = self.op.cost(*self.args)
+        forward, backward = (x.forward_bytes, x.forward_flops), (x.backward_bytes, x.backward_flops)
+        if self.direction == "forward+backward":
+            return forward[0] + backward[0], forward[1] + backward[1]
+        return forward if self.direction == "forward" else backward
 
-    @property
-    def nbytes(self) -> int:
-        """The least bytes that have to move."""
-        cost = self.op.cost(*self.args)
-        forward, backward = cost.forward_bytes, cost.backward_bytes
-        return {"forward": forward, "backward": backward}.get(self.direction, forward + backward)
+    def trial(self) -> Trial:
+        """All candidates on these inputs."""
+        nbytes, flops = self.work
+        # a compiled graph's backward cannot be run twice: its buffers are donated
+        compiled = {} if self.direction == "backward" else {"compiled": self.compiled()}
+        loaders = peers.installed(self.op.name, self.device)
+        return Trial(
+            ours=self.ours(),
+            stock={"eager": self.candidate(stock(self.op))},
+            nbytes=nbytes,
+            flops=flops,
+            compiled=compiled,
+            peers={name: self._loaded(load) for name, load in loaders.items()},
+            sets=self.sets,
+            backend=self.op.select(self.args).name,
+        )
 
     def candidate(self, function: Callable[..., Any]) -> Factory:
-        """`function(*args)` in this subject's direction."""
+        """`function(*args)` in this direction."""
         return self._candidate(lambda args: functools.partial(function, *args))
 
     def ours(self) -> Factory:
         """fastllm's public function, as a user calls it."""
         return self._candidate(lambda args: bound(self.op, args))
+
+    def _loaded(self, load: Callable[[], Callable[..., Any]]) -> Factory:
+        return lambda: self.candidate(load())()
 
     def _candidate(self, bind: Callable[[tuple], Run]) -> Factory:
         made = {
@@ -74,8 +157,9 @@ class Subject:
         }[self.direction]
         return lambda: made([bind(args) for args, _ in self.inputs])
 
-    def compiled(self, function: Callable[..., Any]) -> Factory:
-        """The same of `torch.compile(function)`, with all that is no tensor bound as a constant."""
+    def compiled(self) -> Factory:
+        """Stock under torch.compile, with all that is no tensor bound as a constant."""
+        function = stock(self.op)
 
         def factory() -> Call:
             torch._dynamo.reset()
