@@ -417,14 +417,17 @@ def test_readme_table_is_generated(tmp_path, capsys):
     page.write_text(f"before\n{readme.BEGIN}\nstale\n{readme.END}\nafter\n")
     folder = tmp_path / "bench" / "results"
     small = row(case="tiny", nbytes=64, speedup={"eager": [3.0] * 3, "copy": [1.0] * 3})
-    results.write(folder / "chip.json", stored([row(), small]))
+    lost = row(case="slow", nbytes=32, direction="backward")
+    big = row(case="big", nbytes=1 << 30, speedup={"eager": [3.0] * 3, "copy": [1.0] * 3})
+    results.write(folder / "chip.json", stored([row(), small, lost, big]))
     assert main(["bench", "--readme", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "stale" not in text
-    assert "loses to compiled" in text
+    assert "| slow | backward | 1 | cpu | compiled (0.90x) |" in text
     assert "tiny" not in text
+    assert "2 of 4 rows lose" in text
     assert readme.updated(page) == text
 
 

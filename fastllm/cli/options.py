@@ -11,6 +11,7 @@ COMMANDS = {
     "info": "what this machine has, and which backends can run on it",
     "check": "prove every kernel that can run here against float64",
     "bench": "time the kernels against stock PyTorch and the limits of the machine",
+    "tune": "measure which backend and which config wins here, and keep it",
     "demo": "a real encoder and a small Llama, stock against swapped, measured",
 }
 _DETAIL = {
@@ -28,6 +29,11 @@ Times ours (the automatic choice) against stock eager PyTorch, torch.compile and
 the peers that are installed, in interleaved rounds, and against the copy
 bandwidth measured beside them. What fails its cases on this machine gets no
 speedup; what loses is marked.""",
+    "tune": """\
+Times the backends that can serve a call, and the configs of a kernel, against
+one another and keeps what wins in a table of yours (FASTLLM_CACHE_DIR), which
+every later process uses. Ordinary calls never measure. What the table knows is
+skipped, so a run that was interrupted goes on where it was.""",
     "demo": """\
 Swaps fastllm into a pretrained sentence encoder and into a small Llama that
 trains from scratch on Python's own documentation, beside an untouched copy of
@@ -41,6 +47,11 @@ _EXAMPLES = {
         "fastllm bench norm --op rms_norm --dtype bf16 --threads 1",
         "fastllm bench --compare before.json after.json",
         "fastllm bench --out bench/results && fastllm bench --readme README.md",
+    ],
+    "tune": [
+        "fastllm tune",
+        "fastllm tune norm --shapes 2048x768 --budget 60",
+        "fastllm tune --model train:model_and_batch",
     ],
     "demo": ["fastllm demo --out report", "fastllm demo --quick"],
 }
@@ -124,6 +135,28 @@ def _bench(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def _tune(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("family", nargs="*", help="families of ops, or ops (default: all)")
+    sub.add_argument(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="tune what a model calls: FACTORY() gives (model, example inputs)",
+    )
+    sub.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="SIZES",
+        help="sizes of the ops' dimensions, 2048x768, instead of their test cases",
+    )
+    sub.add_argument("--budget", type=_seconds, metavar="SECONDS", help="stop after so long")
+    sub.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: a GPU if any)")
+    _threads(sub, "this many CPU threads (default: all, and then one)")
+    sub.add_argument("--again", action="store_true", help="measure what is known already, too")
+    sub.add_argument(
+        "--out", type=Path, metavar="DIR", help="write a table to DIR (fastllm/tables ships it)"
+    )
+
+
 def _demo(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, metavar="DIR", help="write DIR/demo.md and DIR/demo.png")
     sub.add_argument(
@@ -163,4 +196,4 @@ def _version() -> str:
         return "(not installed)"
 
 
-_ADD = {"info": lambda sub: None, "check": _check, "bench": _bench, "demo": _demo}
+_ADD = {"info": lambda sub: None, "check": _check, "bench": _bench, "tune": _tune, "demo": _demo}

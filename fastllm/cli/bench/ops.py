@@ -60,16 +60,19 @@ class Prover:
 
     def __init__(self, op: Op) -> None:
         self.op = op
-        self._known: dict[tuple[str, str], str | None] = {}
+        self._known: dict[tuple[str, str, str], str | None] = {}
 
     def wrong(self, case: Case, device: str) -> str | None:
         """The first failure of the op's untimed cases, and of this one, where auto runs it."""
         backend = self.op.select(case.args(device)).name
-        key = (backend, device)
+        others = [c for c in self.op.cases if "bench" not in c.tags]
+        found = self._once((backend, device, ""), others)
+        return found or self._once((backend, device, case.name), [case])
+
+    def _once(self, key: tuple[str, str, str], cases: Sequence[Case]) -> str | None:
         if key not in self._known:
-            others = [c for c in self.op.cases if "bench" not in c.tags]
-            self._known[key] = self._first_failure(backend, device, others)
-        return self._known[key] or self._first_failure(backend, device, [case])
+            self._known[key] = self._first_failure(key[0], key[1], cases)
+        return self._known[key]
 
     def _first_failure(self, backend: str, device: str, cases: Sequence[Case]) -> str | None:
         for case in cases:

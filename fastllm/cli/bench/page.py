@@ -1,12 +1,11 @@
 """A run as one HTML page: no script, no network, charts inline; readable on a phone."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from html import escape
 from statistics import median
 from typing import Any
 
 from fastllm.cli.bench import charts
-from fastllm.cli.bench.ops import INTENSITY
 from fastllm.cli.bench.report import (
     COMPILED,
     EAGER,
@@ -15,6 +14,7 @@ from fastllm.cli.bench.report import (
     losses,
     overhead_rows,
     peer_names,
+    representative,
     row_cells,
     row_head,
     unfinished,
@@ -48,19 +48,6 @@ def device_name(run: dict[str, Any]) -> str:
     """What was measured on, for people."""
     device = run["device"]
     return device["gpu"] or f"{device['cpu']}, {device['cores']} cores, {device['isa']}"
-
-
-def representative(rows: Sequence[Row]) -> list[Row]:
-    """On the most threads, one case a dtype: the second largest, as in a quick run."""
-    most = max(row["threads"] or 0 for row in rows)
-    rows = [row for row in rows if (row["threads"] or 0) == most]
-    chosen = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        own = [row for row in rows if row["dtype"] == dtype]
-        sizes = {row["case"]: max(row["nbytes"], row["flops"] // INTENSITY) for row in own}
-        case = sorted(sizes, key=lambda name: sizes[name])[-2:][0]
-        chosen += [row for row in own if row["case"] == case]
-    return chosen
 
 
 def _versions(run: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fastllm.cli.bench.ops import INTENSITY
 from fastllm.cli.bench.rows import COMPILED, COPY, EAGER, OURS, TIE
 from fastllm.cli.console import table
 
@@ -110,6 +111,20 @@ def peer_names(rows: Iterable[dict[str, Any]]) -> list[str]:
     """The peers that appear in any of the rows."""
     known = {OURS, EAGER, COMPILED, COPY}
     return sorted({name for row in rows for name in row["speedup"] if name not in known})
+
+
+def representative(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """On the most threads, one case a dtype: the second largest, as in a quick run."""
+    rows = list(rows)
+    most = max(row["threads"] or 0 for row in rows)
+    rows = [row for row in rows if (row["threads"] or 0) == most]
+    chosen = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        own = [row for row in rows if row["dtype"] == dtype]
+        sizes = {row["case"]: max(row["nbytes"], row["flops"] // INTENSITY) for row in own}
+        case = sorted(sizes, key=lambda name: sizes[name])[-2:][0]
+        chosen += [row for row in own if row["case"] == case]
+    return chosen
 
 
 def losses(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

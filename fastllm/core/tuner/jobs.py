@@ -1,6 +1,7 @@
 """What there is to measure: calls of ops, each backend that can serve them against the others."""
 
 import functools
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,9 @@ from torch import Tensor
 from fastllm.core.backend import Backend
 from fastllm.core.measure import Call, Factory, copies, rotation, size_of, thread_count
 from fastllm.core.op import OPS, Op
-from fastllm.core.tuner import routes, table
-from fastllm.core.tuner.search import Job, Trial
-from fastllm.core.tuner.tunable import Config, Tunable
+from fastllm.core.tuner import follow, routes, table
+from fastllm.core.tuner.search import Change, Job, Trial, search
+from fastllm.core.tuner.tunable import TUNABLES, Config, Tunable
 
 Build = Callable[[], tuple]  # makes an op's arguments
 
@@ -25,6 +26,7 @@ class Sighting:
     op: Op
     build: Build
     direction: str
+    device: str = "cpu"
 
 
 def of_cases(ops: Iterable[Op], device: str, tags: frozenset[str] = frozenset()) -> list[Sighting]:
@@ -39,7 +41,7 @@ def of_cases(ops: Iterable[Op], device: str, tags: frozenset[str] = frozenset())
                 return case.args(device)
 
             both = (routes.FORWARD, routes.TRAINING) if op.gradients else (routes.FORWARD,)
-            found += [Sighting(op, build, direction) for direction in both]
+            found += [Sighting(op, build, direction, device) for direction in both]
     return found
 
 
@@ -163,22 +165,46 @@ class _Recorder:
             except (AttributeError, TypeError, ValueError):
                 return None
             if key not in self.into:
-                self.into[key] = Sighting(self.op, _rebuild(args), direction)
+                self.into[key] = Sighting(self.op, _rebuild(args), direction, device)
         return None
 
 
-def record(run: Callable[[], Any]) -> list[Sighting]:
-    """The different calls of fastllm's ops that `run()` makes."""
+@dataclass(frozen=True)
+class Seen:
+    """What a program called: ops with their arguments, and tunables' sizes by device."""
+
+    calls: list[Sighting]
+    sizes: dict[str, dict[str, set[tuple]]]
+
+    @property
+    def devices(self) -> list[str]:
+        """The devices that were used."""
+        return sorted({s.device for s in self.calls} | set(self.sizes))
+
+    def on(self, device: str) -> list[Sighting]:
+        """The calls of one device."""
+        return [s for s in self.calls if s.device == device]
+
+
+def record(run: Callable[[], Any]) -> Seen:
+    """The different calls of fastllm's ops and tunables that `run()` makes."""
     into: dict[tuple[str, str], Sighting] = {}
     before = {op: op.routes for op in OPS.values()}
+    sizes: dict[str, dict[str, set[tuple]]] = {}
     try:
         for op in before:
             op.routes = _Recorder(op, into)  # type: ignore[assignment]
+        for tunable in TUNABLES.values():
+            tunable.seen = set()
         run()
     finally:
         for op, was in before.items():
             op.routes = was
-    return list(into.values())
+        for tunable in TUNABLES.values():
+            for device, found in tunable.seen or ():
+                sizes.setdefault(device, {}).setdefault(tunable.name, set()).add(found)
+            tunable.seen = None
+    return Seen(list(into.values()), sizes)
 
 
 def _rebuild(args: tuple) -> Build:
@@ -237,3 +263,40 @@ def _config_trial(tunable: Tunable, device: str, sizes: tuple, configs: dict[str
         return lambda: lambda i: tunable.run(config, *inputs[i])
 
     return Trial({name: factory(config) for name, config in configs.items()}, sets)
+
+
+# ---- measured while a program runs: FASTLLM_TUNE=on
+
+_busy = threading.Lock()
+
+
+def measure_call(op: Op, args: tuple, direction: str) -> Change | None:
+    """Measures one call that no table knows; None where that is not the time for it."""
+    device = routes.device_of(op, args)
+    if device is None or not _calm(device):
+        return None
+    seen = Sighting(op, _rebuild(args), direction, device)
+    return _now(lambda: jobs_of([seen], device))
+
+
+def measure_config(tunable: Tunable, device: str, sizes: tuple) -> Change | None:
+    """The same of a kernel's config."""
+    if not _calm(device):
+        return None
+    return _now(lambda: of_tunables([tunable], device, seen={tunable.name: [sizes]}))
+
+
+def _now(jobs: Callable[[], list[Job]]) -> Change | None:
+    if not _busy.acquire(blocking=False):  # while something is measured, nothing else is
+        return None
+    try:
+        return next(search(jobs()), None)
+    finally:
+        _busy.release()
+
+
+def _calm(device: str) -> bool:
+    """No other rank that would have to do the same, no CUDA graph being captured."""
+    if follow.ranks() > 1:
+        return False
+    return device == "cpu" or not torch.cuda.is_current_stream_capturing()

@@ -112,6 +112,8 @@ class Routes:
         try:
             op.check(*args)
             value = lookup(op, args, device, direction)
+            if value is None and table.MODE == "on":
+                value = _measure(op, args, direction)
             default = op.default(args)
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return None  # the general path explains what is wrong
@@ -126,6 +128,14 @@ class Routes:
         if run is None and _settled() and not _mentioned(op):
             op.routes = None  # nothing to find, now or later: no call pays for asking
         return run
+
+
+def _measure(op: "Op", args: tuple, direction: str) -> Any:
+    """FASTLLM_TUNE=on: an unknown call is measured, on arguments like its own."""
+    from fastllm.core.tuner import jobs  # it imports the op that imports this
+
+    change = jobs.measure_call(op, args, direction)
+    return None if change is None else change.after
 
 
 def lookup(op: "Op", args: tuple, device: str, direction: str) -> str | None:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from fastllm.core.measure import Factory, Measurement, interleave
 from fastllm.core.tuner import table
 
@@ -60,7 +62,16 @@ class Change:
 
 
 def measure(job: Job, budget: float) -> Change | None:
-    """Measures a job; None when there is nothing to choose between on this machine."""
+    """Measures a job; None when there is nothing to choose between on this machine.
+
+    Random inputs are drawn aside: the caller's random state stays as it is.
+    """
+    devices = [] if job.device == "cpu" else [job.device]
+    with torch.random.fork_rng(devices=devices):
+        return _measure(job, budget)
+
+
+def _measure(job: Job, budget: float) -> Change | None:
     found: list[Measurement] = []
     default = ""
     for make in job.trials:

@@ -111,6 +111,13 @@ def learn(device: str, entries: Entries, keep: bool = True) -> None:
         store.merge(user_path(device), facts.facts(device), entries)
 
 
+def adopt(device: str, user: Entries, process: Entries) -> None:
+    """Takes another rank's table for this device's, in this process only."""
+    table = layers(device)
+    table.user, table.process = user, process
+    announce()
+
+
 def entry(family: str, device: str, value: Any, seconds: dict[str, float]) -> Entry:
     """A new entry, for the kernels as they are."""
     kind = torch.device(device).type

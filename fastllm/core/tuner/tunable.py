@@ -81,6 +81,11 @@ class Tunable:
             if name is None
             else table.lookup(name, self.name, self.family, self.word(name, sizes))
         )
+        if value is None and name is not None and table.MODE == "on" and self.seen is None:
+            from fastllm.core.tuner import jobs  # it imports this module
+
+            change = jobs.measure_config(self, name, sizes)
+            value = None if change is None else change.after
         default = self.default(*sizes)
         if not isinstance(value, dict) or value.keys() != default.keys():
             value = default
