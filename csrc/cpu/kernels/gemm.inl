@@ -22,6 +22,7 @@ struct Plan {
   i64 left_chunk, right_chunk;  // panels packed at a time
   i64 slices;                // of k
   bool own;                  // each task packs the right panels that it alone needs
+  i64 deep;                  // words of k summed before they join the total: few in small products
   Plan(const Product& p) {
     m = p.m, n = p.n, k = p.k;
     words = E::words(k);
@@ -29,6 +30,7 @@ struct Plan {
     left = ceil_div(m, height);
     right = ceil_div(n, E::kCols);
     own = left * height <= kBlockRows;
+    deep = own && m * n <= (1 << 14) ? 32 : E::kWords;
     const i64 large = most(1, p.threads / 4);
     left_chunk = least(left, most(kBlockRows / height, large * kLeftWords / most(1, height * words)));
     right_chunk = least(right, most(4, large * kRightWords / most(1, E::kCols * words)));
@@ -58,9 +60,9 @@ struct Cut {
 // Sums of rows x cols panels over words [from, to), into [cols][rows][height][kCols].
 template <class E>
 INLINE void sums_of(const float* a, i64 a_words, const float* b, i64 b_words, i64 b_from, i64 rows,
-                    i64 cols, int height, i64 from, i64 to, bool fresh, float* c) {
-  for (i64 w = from; w < to; w += E::kWords) {
-    const i64 deep = least(E::kWords, to - w);
+                    i64 cols, int height, i64 step, i64 from, i64 to, bool fresh, float* c) {
+  for (i64 w = from; w < to; w += step) {
+    const i64 deep = least(step, to - w);
     for (i64 j = 0; j < cols; ++j)
       for (i64 i = 0; i < rows; ++i)
         E::micro(height, deep, a + (i * a_words + w) * height,
@@ -109,14 +111,15 @@ APART void own_task(const Product& p, i64 batch, const Plan<E>& plan, const floa
   const float* packed = (const float*)(which ? p.packed2 : p.packed);
   if (packed) {
     sums_of<E>(a, plan.words, packed + panel * plan.words * E::kCols, plan.words, 0, plan.left, 1,
-               plan.height, from, to, true, c);
+               plan.height, plan.deep, from, to, true, c);
     return;
   }
-  if (from == to) sums_of<E>(a, 0, b, 0, 0, plan.left, 1, plan.height, 0, 0, true, c);
+  if (from == to) sums_of<E>(a, 0, b, 0, 0, plan.left, 1, plan.height, 1, 0, 0, true, c);
   for (i64 w = from; w < to; w += E::kWords) {
     const i64 end = least(to, w + E::kWords);
     pack_right<E>(source, batch, p.n, p.k, panel, w, end - w, b);
-    sums_of<E>(a, plan.words, b, end - w, w, plan.left, 1, plan.height, w, end, w == from, c);
+    sums_of<E>(a, plan.words, b, end - w, w, plan.left, 1, plan.height, plan.deep, w, end,
+               w == from, c);
   }
 }
 
@@ -189,10 +192,10 @@ APART void many_rows(const Product& p, i64 batch, const Plan<E>& plan, int threa
         const i64 i = task % down * cut.rows, j = task / down * cut.cols;
         const i64 rows = least(cut.rows, lefts - i), cols = least(cut.cols, rights - j);
         sums_of<E>(a + i * a_panel, plan.words, right + j * b_panel, plan.words, 0, rows, cols,
-                   plan.height, 0, plan.words, true, c[0]);
+                   plan.height, plan.deep, 0, plan.words, true, c[0]);
         if (pair == 2)
           sums_of<E>(a + i * a_panel, plan.words, right2 + j * b_panel, plan.words, 0, rows, cols,
-                     plan.height, 0, plan.words, true, c[1]);
+                     plan.height, plan.deep, 0, plan.words, true, c[1]);
         finish_block<E>(p, batch, c[0], pair == 2 ? c[1] : nullptr, (i0 + i) * plan.height, rows,
                         (j0 + j) * E::kCols, cols, plan.height);
       });

@@ -1,6 +1,6 @@
 // A few rows by a large matrix: b is read once, where it lies, and the left side sits in the cache.
 
-constexpr i64 kChain = 128;  // terms summed before they join the total: long chains round more
+constexpr i64 kChain = 32;  // terms summed before they join the total: long chains round more
 
 // b's rows are adjacent in k: adds the dot products of R rows of b with M rows of x (fp32, [M][width])
 // over k terms, kChain vectors of them at most.

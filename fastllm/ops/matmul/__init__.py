@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.core.backend import Backend, check_name, choice
+from fastllm.core.backend import Backend
 from fastllm.core.dispatch import register
 from fastllm.core.op import Op
 from fastllm.ops.matmul import cpu, reference, spec, stock, triton
 from fastllm.ops.matmul.cases import cases
+from fastllm.ops.matmul.packed import prepack as prepack
+from fastllm.ops.matmul.packed import unpack as unpack
 
 TABLES = (cpu.BACKENDS, cpu.ONEDNN, triton.BACKENDS, stock.BACKENDS)
 
@@ -23,13 +25,10 @@ def _implementations(name: str) -> list[Backend]:
 class ProductOp(Op):
     """An op made of products: unforced on a CPU, each of them runs on the library chosen for it."""
 
-    def select(self, args: tuple, backend: str | None = None) -> Backend:
-        """The backend asked for, else the choice by product, else the first that can."""
-        name = choice.name if backend is None else check_name(backend)
+    def default(self, args: tuple) -> Backend:
+        """The choice by product where it can serve, else the first that can."""
         auto = cpu.AUTO[self.name]
-        if name is None and auto.supports(*args) is None:
-            return auto
-        return super().select(args, backend)
+        return auto if auto.supports(*args) is None else super().default(args)
 
 
 def _register(name: str, **facts: Any) -> Op:

@@ -96,7 +96,7 @@ class Family:
     def _batched(self, a: Tensor, b: Tensor) -> Tensor:
         """a b^T for [*, M, K] and [*, N, K], batches broadcast."""
         batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        m, k, n = a.shape[-2], a.shape[-1], b.shape[-2]
+        m, n = a.shape[-2], b.shape[-2]
         if b.dim() == 2 and a.dim() != 2:  # one matrix for all: one product
             return self.product(_rows(a), b).view(*batch, m, n)
         if not batch:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fastllm import _C
 from fastllm.core.memory import empty
+from fastllm.core.op import OPS
+from fastllm.ops.matmul import packed
 from fastllm.ops.matmul.reference import activate
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -73,11 +75,17 @@ def _gemm(
         out = empty((batch, m, n) if a.dim() == 3 else (m, n), a.dtype)
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
+    kept = kept2 = 0
+    if packed.PACKS and batch == 1 and m > THIN_ROWS:
+        kept, kept2 = packed.pointer(b), 0 if b2 is None else packed.pointer(b2)
+        if b2 is not None and not (kept and kept2):
+            kept = kept2 = 0
     _C.gemm(
         CODES[a.dtype], CODES[out.dtype], batch, m, n, k,
         a.data_ptr(), *_strides(a), b.data_ptr(), *_strides(b),
         _pointer(b2), *((0, 0) if b2 is None else _strides(b2)[:2]),
-        0, 0, _pointer(bias), _pointer(residual), out.data_ptr(), _pointer(pre), _pointer(pre2),
+        kept, kept2, _pointer(bias), _pointer(residual),
+        out.data_ptr(), _pointer(pre), _pointer(pre2),
         ACTIVATION_CODES[activation], 1.0, accumulate, torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -199,7 +207,22 @@ PRODUCTS: dict[str, Product] = {"cpu": cpu, "onednn": onednn, "torch": stock}
 
 
 def choose(a: Tensor, b: Tensor) -> str:
-    """The library that is likely fastest for a [M, K] and b [N, K], from measurements.
+    """The library for a [M, K] and b [N, K]: measured here by the tuner, else likely fastest.
+
+    A product is a linear of its operands, whichever of Y, dX and dW it is: so it asks its table.
+    """
+    if packed.PACKS and a.shape[0] > THIN_ROWS and packed.pointer(b):
+        return "cpu"
+    routes = OPS["linear"].routes
+    if routes is not None:
+        found = routes.find((a, b, None, None, None), False)
+        if found is not None and found.name in PRODUCTS:
+            return found.name
+    return likely(a, b)
+
+
+def likely(a: Tensor, b: Tensor) -> str:
+    """The library that is likely fastest, from measurements on other machines.
 
     A thin product is bound by reading b: ours reads it at the speed of memory. Else MKL is near
     the peak on Intel in float32 and oneDNN in bfloat16 wherever there are instructions for it.
