@@ -6,7 +6,9 @@ Metadata lives in pyproject.toml. Environment:
   CXX, CXXFLAGS          the C++ compiler and extra flags
 """
 
+import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+DOT_FAMILIES = ("gemm",)  # with kernels of their own at avx512_bf16 and amx (csrc/cpu/isa.h)
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 
@@ -106,6 +109,7 @@ class NinjaBuild(build_ext):
                 else:
                     own, rule = [*flags, *ext.extra_compile_args], "cxx"
                     own += [f"-DFAMILY={family}"] if family else []
+                    own += [f"-DFASTLLM_SOURCES={hashes()}"] if source.name == "module.cpp" else []
                 lines.append(
                     f"build {esc(obj)}: {rule} {esc(ROOT / source)}\n  flags = {' '.join(own)}"
                 )
@@ -124,8 +128,20 @@ def variants(sources):
     """(source, kernel family) to compile: a level of the CPU kernels once a family, others once."""
     families = sorted(path.stem for path in (CSRC / "cpu" / "kernels").glob("*.h"))
     for source in map(Path, sources):
-        for family in families if source.name.startswith("level_") else [""]:
+        wanted = families if source.name.startswith("level_") else [""]
+        if source.stem in ("level_avx512_bf16", "level_amx"):
+            wanted = [family for family in families if family in DOT_FAMILIES]
+        for family in wanted:
             yield source, family
+
+
+def hashes():
+    """name:hash of each name's kernel sources, comments aside: what a measurement holds for."""
+    found = {}
+    for path in sorted((CSRC / "cpu" / "kernels").iterdir()):
+        code = " ".join(re.sub(r"//.*", "", path.read_text()).split())
+        found.setdefault(path.stem, hashlib.sha256()).update(code.encode())
+    return ",".join(f"{name}:{text.hexdigest()[:12]}" for name, text in found.items())
 
 
 def find_ninja():
@@ -167,6 +183,7 @@ if NVCC:
 setup(
     packages=[*find_packages(include=["fastllm", "fastllm.*"]), "fastllm.kernels"],
     package_dir={"fastllm.kernels": "kernels"},
+    package_data={"fastllm": ["tables/*.json"]},
     ext_modules=extensions,
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -12,7 +12,7 @@ import itertools
 import pytest
 import torch
 
-from fastllm.cli.bench.subject import DIRECTIONS, Subject, stock
+from fastllm.cli.bench.ops import DIRECTIONS, Inputs, stock
 from fastllm.core.op import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,10 +32,10 @@ def test_bench(benchmark, op, case, direction, name):
     reason = op.why_not(name, case.args(DEVICE))
     if reason is not None:
         pytest.skip(reason)
-    subject = Subject(op, case, DEVICE, direction)
+    inputs = Inputs(op, case, DEVICE, direction)
     function = stock(op) if name == "torch" else functools.partial(op, backend=name)
-    call = subject.candidate(function)()
-    turn = itertools.cycle(range(subject.sets))
+    call = inputs.candidate(function)()
+    turn = itertools.cycle(range(inputs.sets))
     gpu = torch.device(DEVICE).type == "cuda"
 
     def run():
@@ -44,5 +44,5 @@ def test_bench(benchmark, op, case, direction, name):
             torch.cuda.synchronize()
 
     benchmark.group = f"{op.name} {case.name} {direction}"
-    benchmark.extra_info.update(backend=name, nbytes=subject.nbytes, warm=subject.warm)
+    benchmark.extra_info.update(backend=name, nbytes=inputs.work[0], warm=inputs.sets == 1)
     benchmark(run)

@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/pool.h"
+#include "call_key.h"
 #include "fast_call.h"
 
 namespace py = pybind11;
@@ -50,13 +51,23 @@ py::dict pool_stats() {
 
 }  // namespace
 
+#ifndef FASTLLM_SOURCES
+#define FASTLLM_SOURCES
+#endif
+#define TEXT_OF(...) #__VA_ARGS__
+#define TEXT(...) TEXT_OF(__VA_ARGS__)
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CPU kernels on raw pointers; dtype codes: 0 float32, 1 bfloat16, 2 float16.";
   fastllm::guard_fork();
   fastllm::init_isa();
   fastllm::def_fast_calls(m);
+  fastllm::def_call_key(m);
+  m.attr("sources") = TEXT(FASTLLM_SOURCES);  // "norm:hash,...": what the kernels were built from
 
+  fastllm::bindings::bind_gemm(m);
   fastllm::bindings::bind_norm(m);
+  fastllm::bindings::bind_activation(m);
   fastllm::bindings::bind_optim(m);
 
   m.def("isa", &fastllm::isa, "The level of the kernels in use.");

@@ -14,5 +14,6 @@ from fastllm.core.errors import UnsupportedError as UnsupportedError
 from fastllm.core.memory import empty_cache as empty_cache
 from fastllm.core.memory import memory_stats as memory_stats
 from fastllm.swap import swap as swap
+from fastllm.swap.tuning import tune as tune
 
 __version__ = "0.1.0"

@@ -3,6 +3,9 @@
 Every function takes `backend=` to force an implementation; without it, the best one here runs.
 """
 
+from fastllm.ops.activation import geglu, gelu, relu2, silu, swiglu
+from fastllm.ops.grouped import grouped_linear
+from fastllm.ops.matmul import gated_linear, linear, matmul
 from fastllm.ops.norm import (
     add_layer_norm,
     add_rms_norm,
@@ -11,4 +14,19 @@ from fastllm.ops.norm import (
     rms_norm,
 )
 
-__all__ = ["add_layer_norm", "add_rms_norm", "group_norm", "layer_norm", "rms_norm"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "gated_linear",
+    "geglu",
+    "gelu",
+    "group_norm",
+    "grouped_linear",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "relu2",
+    "rms_norm",
+    "silu",
+    "swiglu",
+]

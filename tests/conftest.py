@@ -5,6 +5,8 @@ import os
 # no test touches the network, whatever it imports
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+# nor does one depend on what somebody measured: the tuner's own tests turn it on
+os.environ["FASTLLM_TUNE"] = "off"
 
 import pytest
 import torch
@@ -49,3 +51,18 @@ def _clean():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path):
+    """The tuner at work, with a cache of its own (the path) and nothing shipped."""
+    from fastllm.core.tuner import facts, table
+
+    monkeypatch.setattr(table, "MODE", "cached")
+    monkeypatch.setenv("FASTLLM_TUNE", "cached")  # for processes that the test starts
+    monkeypatch.setenv("FASTLLM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(facts, "shipped_folder", lambda: tmp_path / "shipped")
+    table.forget()
+    yield tmp_path
+    monkeypatch.undo()
+    table.forget()

@@ -6,22 +6,24 @@ import torch
 from torch import nn
 
 IDS = {"input_ids": torch.arange(22).reshape(2, 11) * 7 % 99}
-# name -> norms swapped, additions fused
+# name -> what a swap does to it
 EXPECTED = {
-    "llama": (5, 2),
-    "qwen3": (9, 2),
-    "gemma2": (9, 2),
-    "mistral": (5, 2),
-    "mixtral": (5, 2),
-    "gpt2": (5, 2),
-    "bert": (6, 5),
-    "distilbert": (6, 5),
-    "t5": (12, 0),
-    "vit": (5, 2),
-    "encoder pre-norm": (5, 2),
-    "encoder pre-norm, batch first": (5, 2),
-    "encoder post-norm": (4, 4),
-    "encoder post-norm, batch first": (4, 4),
+    "llama": "5 norms, 15 linears, 2 activations; fused 2 residual additions, 2 MLPs",
+    "qwen3": "9 norms, 15 linears, 2 activations; fused 2 residual additions, 2 MLPs",
+    "gemma2": "9 norms, 15 linears, 2 activations; fused 2 residual additions, 2 MLPs",
+    "mistral": "5 norms, 15 linears, 2 activations; fused 2 residual additions, 2 MLPs",
+    "phi3": "5 norms, 9 linears, 2 activations; fused 2 residual additions, 2 MLPs",
+    "mixtral": "5 norms, 9 linears, 2 activations; fused 2 residual additions",
+    "gpt2": "5 norms, 9 linears, 2 activations; fused 2 residual additions, 2 MLPs",
+    "bert": "6 norms, 14 linears, 3 activations; fused 5 residual additions, 2 MLPs",
+    "distilbert": "6 norms, 14 linears, 3 activations; fused 5 residual additions, 2 MLPs",
+    "t5": "12 norms, 33 linears; fused 4 MLPs",
+    "t5 gated": "12 norms, 37 linears, 4 activations; fused 4 MLPs",
+    "vit": "5 norms, 13 linears, 2 activations; fused 2 residual additions, 2 MLPs",
+    "encoder pre-norm": "5 norms, 4 linears; fused 2 residual additions",
+    "encoder pre-norm, batch first": "5 norms, 4 linears; fused 2 residual additions",
+    "encoder post-norm": "4 norms, 4 linears; fused 4 residual additions",
+    "encoder post-norm, batch first": "4 norms, 4 linears; fused 4 residual additions",
 }
 CAUSAL = {
     "vocab_size": 99,
@@ -85,11 +87,11 @@ def _distilbert():
     return DistilBertForMaskedLM(config), dict(IDS)
 
 
-def _t5():
+def _t5(form="relu"):
     from transformers import T5Config, T5ForConditionalGeneration
 
     size = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    config = T5Config(vocab_size=99, decoder_start_token_id=0, **size)
+    config = T5Config(vocab_size=99, decoder_start_token_id=0, feed_forward_proj=form, **size)
     ids = IDS["input_ids"]
     return T5ForConditionalGeneration(config), {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
 
@@ -119,10 +121,12 @@ _MODELS = {
     "qwen3": functools.partial(_causal, "Qwen3", head_dim=8),
     "gemma2": functools.partial(_causal, "Gemma2", head_dim=8),
     "mistral": functools.partial(_causal, "Mistral"),
+    "phi3": functools.partial(_causal, "Phi3"),
     "mixtral": _mixtral,
     "gpt2": _gpt2,
     "bert": _bert,
     "distilbert": _distilbert,
     "t5": _t5,
+    "t5 gated": functools.partial(_t5, "gated-gelu"),
     "vit": _vit,
 }

@@ -190,7 +190,7 @@ def test_copying_moves_what_it_says():
 def test_limits_are_plausible():
     copy = limits.copy_bandwidth(8 << 20, budget=0.05)
     read = limits.read_bandwidth(8 << 20, budget=0.05)
-    flops = limits.matmul_peak(torch.float32, budget=0.02, side=128)
+    flops = limits.matmul_peak(torch.float32, budget=0.02, sides=(128,))
     assert 1e8 < copy < 1e13
     assert 1e8 < read < 1e13
     assert 1e8 < flops < 1e15

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastllm import nn as fast
+from fastllm.nn import linear
 
 PAIRS = [
     (torch.nn.LayerNorm, fast.LayerNorm, ((12,),), {}),
@@ -17,7 +18,19 @@ PAIRS = [
     (torch.nn.RMSNorm, fast.RMSNorm, (12,), {"elementwise_affine": False}),
     (torch.nn.GroupNorm, fast.GroupNorm, (2, 4), {}),
     (torch.nn.GroupNorm, fast.GroupNorm, (4, 4, 1e-3), {"affine": False}),
+    (torch.nn.Linear, fast.Linear, (12, 7), {}),
+    (torch.nn.Linear, fast.Linear, (12, 7), {"bias": False, "dtype": torch.bfloat16}),
+    (torch.nn.GELU, fast.GELU, (), {}),
+    (torch.nn.GELU, fast.GELU, ("tanh",), {}),
+    (torch.nn.SiLU, fast.SiLU, (), {}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    monkeypatch.setattr(linear, "SMALL", 0)
+
+
 IDS = [f"{stock.__name__}{args}{kwargs}" for stock, _, args, kwargs in PAIRS]
 
 

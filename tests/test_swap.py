@@ -71,7 +71,7 @@ def test_only_this_instance_changes():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     names = list(model.state_dict())
     handle = fastllm.swap(model)
-    assert len(handle.report().swapped) == 5 and handle.report().adds == 2
+    assert handle.report().count("norm") == 5 and handle.report().adds == 2
     assert {c: dict(vars(c)) for c in before} == before
     assert not any(hasattr(c, "_fastllm_recipe") for c in classes(other))
     assert [id(p) for p in model.parameters()] == params
@@ -92,6 +92,7 @@ def test_restore_is_exact_and_repeatable():
     with fastllm.swap(model) as handle:
         assert classes(model) != before[0]
         assert set(handle.modules) == {
+            *("head", "layers.0.mix", "layers.0.mlp", "layers.1.mix", "layers.1.mlp"),
             "layers.0",
             "layers.1",
             "layers.0.norm1",
@@ -170,7 +171,7 @@ def test_include_and_exclude():
     def paths(**wish):
         model = Model()
         with fastllm.swap(model, **wish) as handle:
-            return {row.path for row in handle.report().swapped}
+            return {row.path for row in handle.report().swapped if row.kind == "norm"}
 
     assert paths(include="layers.0") == {"layers.0.norm1", "layers.0.norm2"}
     assert paths(include=["layers.0.*", nn.RMSNorm]) == {
@@ -228,7 +229,7 @@ def test_shared_module_is_swapped_once():
     model.layers[1].norm1 = model.layers[0].norm1
     report = fastllm.swap(model).report()
     (row,) = [row for row in report.swapped if row.path == "layers.0.norm1"]
-    assert "layers.1.norm1" in row.new and len(report.swapped) == 4
+    assert "layers.1.norm1" in row.new and report.count("norm") == 4
 
 
 def test_report_prints():
@@ -237,7 +238,7 @@ def test_report_prints():
     model.batch = nn.BatchNorm1d(3)
     handle = fastllm.swap(model)
     text = str(handle)
-    assert "swapped 5 norms, fused 2 residual additions, left 1 alone" in text
+    assert "swapped 5 norms, 5 linears; fused 2 residual additions; left 1" in text
     assert "batch" in text and "it keeps buffers" in text
     assert str(handle.report()) == text and "swapped 5 norms" in repr(handle)
     out = io.StringIO()
@@ -253,7 +254,7 @@ def test_pickle_keeps_the_swap():
     assert classes(loaded) == classes(model)
     assert torch.equal(loaded(IDS), stock)
     assert loaded.head.weight is loaded.embed.weight
-    assert fastllm.swap.restore(loaded) == 7 and type(loaded.norm) is nn.LayerNorm
+    assert fastllm.swap.restore(loaded) == 12 and type(loaded.norm) is nn.LayerNorm
     assert fastllm.swap.restore(loaded) == 0
 
 
@@ -299,7 +300,8 @@ def test_patched_torch_is_respected(monkeypatch):
     model = Model()
     monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: x)
     report = fastllm.swap(model).report()
-    assert {row.path for row in report.swapped} == {"layers.0.norm2", "layers.1.norm2"}
+    norms = {row.path for row in report.swapped if row.kind == "norm"}
+    assert norms == {"layers.0.norm2", "layers.1.norm2"}
     assert all("replaced by another library" in row.reason for row in report.left)
 
 
@@ -307,7 +309,7 @@ def test_cuda_and_meta_parameters():
     with torch.device("meta"):
         model = Model()
     handle = fastllm.swap(model)
-    assert len(handle.report().swapped) == 5
+    assert len(handle.report().swapped) == 10
     handle.restore()
 
 

@@ -7,14 +7,20 @@ import torch
 from swap_models import EXPECTED, build
 
 import fastllm.swap
+from fastllm.nn import linear
 
 pytest.importorskip("transformers")
 NAMES = list(EXPECTED)
+FEW = ["llama", "gemma2", "phi3", "gpt2", "t5 gated", "encoder post-norm"]
+slow = pytest.mark.slow
+MOST = [name if name in FEW else pytest.param(name, marks=slow) for name in NAMES]
+LEFT: dict = {}
 
 
 @pytest.fixture(autouse=True)
-def _threads():
+def _threads(monkeypatch):
     torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+    monkeypatch.setattr(linear, "SMALL", 0)  # so small that torch would run all of them
 
 
 def snapshot(model):
@@ -44,9 +50,10 @@ def test_model_is_proven_and_restored(name):
         stock = outputs(model, inputs)
     handle = fastllm.swap(model, verify=inputs)
     report = handle.report()
-    assert not report.left, str(report)
-    assert (len(report.swapped), report.adds) == EXPECTED[name], str(report)
-    assert all(row.error is not None and row.error <= row.budget for row in report.swapped)
+    assert [row.path for row in report.left] == LEFT.get(name, []), str(report)
+    assert f"swapped {EXPECTED[name]}; left" in report.summary, str(report)
+    ran = [row for row in report.swapped if row.path != "shared"]  # T5's stacks have their own
+    assert all(row.error is not None and row.error <= row.budget for row in ran)
     assert "verified outputs and gradients" in report.notes[-1]
     assert len(report.notes) == 1, "the oracle has to be float64"
     assert model.training and all(p.grad is None for p in model.parameters())
@@ -62,7 +69,7 @@ def test_model_is_proven_and_restored(name):
         assert torch.equal(outputs(model, inputs), stock)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST)
 def test_gradients_against_float64(name):
     """The budget again, by hand: rms over each gradient, against a float64 copy of the original."""
     model, inputs = build(name)
@@ -106,21 +113,22 @@ def test_bfloat16(name):
     before = snapshot(model)
     handle = fastllm.swap(model, verify=inputs)
     report = handle.report()
-    assert not report.left, str(report)
-    assert (len(report.swapped), report.adds) == EXPECTED[name], str(report)
+    assert [row.path for row in report.left] == LEFT.get(name, []), str(report)
+    assert f"swapped {EXPECTED[name]}; left" in report.summary, str(report)
     assert outputs(model, inputs).dtype == torch.bfloat16
     handle.restore()
     assert same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST)
 def test_second_swap_does_nothing(name):
     model, _ = build(name)
     first = fastllm.swap(model)
     after = snapshot(model)
     second = fastllm.swap(model)
     assert not second.modules and not second.report().swapped and not second.report().fused
-    assert {row.reason for row in second.report()} == {"already swapped"}
+    left = {row.reason for row in second.report() if row.path not in LEFT.get(name, [])}
+    assert left == {"already swapped"}
     second.restore()
     assert same(after, snapshot(model))
     first.restore()
@@ -164,7 +172,9 @@ def test_real_encoder():
     handle = fastllm.swap(model, verify=dict(tokens))
     report = handle.report()
     assert not report.left, str(report)
-    assert (len(report.swapped), report.adds) == (13, 13), str(report)
+    assert report.summary.startswith(
+        "swapped 13 norms, 37 linears, 6 activations; fused 13 residual additions, 6 MLPs; left 0"
+    )
     handle.restore()
     assert same(before, snapshot(model))
 

@@ -68,7 +68,9 @@ T* at(ptr p) {
 }
 
 // One for each family, in <family>.cpp; module.cpp calls them.
+void bind_gemm(py::module_& m);
 void bind_norm(py::module_& m);
+void bind_activation(py::module_& m);
 void bind_optim(py::module_& m);
 
 }  // namespace fastllm::bindings

@@ -7,6 +7,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastllm {
 namespace {
@@ -26,8 +30,18 @@ uint64_t saved_states() {
   return (uint64_t(high) << 32) | low;
 }
 
+// Linux hands out the tile registers only to a process that asks.
+bool tiles_granted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 struct Features {
-  bool avx2 = false, avx512 = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false;
   Features() {
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
@@ -38,6 +52,12 @@ struct Features {
     avx2 = (states & ymm) == ymm && (b & bit_AVX2);
     const uint32_t wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     avx512 = avx2 && (states & zmm) == zmm && (b & wanted) == wanted;
+    constexpr uint32_t kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+    constexpr uint64_t kTileStates = 3u << 17;
+    const bool tiles = (d & kAmxBf16) && (d & kAmxTile) && (states & kTileStates) == kTileStates;
+    if (!avx512 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
+    avx512_bf16 = a & kAvx512Bf16;
+    amx = avx512_bf16 && tiles && tiles_granted();
   }
 };
 
@@ -45,17 +65,21 @@ struct Features {
 
 const std::vector<Entry>& levels() {
   static const std::vector<Entry> all = [] {
-    bool avx2 = false, avx512 = false, neon = false;
+    bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false, neon = false;
 #if defined(__x86_64__)
     const Features has;
     avx2 = has.avx2;
     avx512 = has.avx512;
+    avx512_bf16 = has.avx512_bf16;
+    amx = has.amx;
 #elif defined(__aarch64__)
     neon = true;
 #endif
     return std::vector<Entry>{{"scalar", kScalar, true},
                               {"avx2", kAvx2, avx2},
                               {"avx512", kAvx512, avx512},
+                              {"avx512_bf16", kAvx512Bf16, avx512_bf16},
+                              {"amx", kAmx, amx},
                               {"neon", kNeon, neon}};
   }();
   return all;

@@ -6,7 +6,7 @@
 namespace fastllm {
 
 // In the order of the tables that FASTLLM_LEVELS makes.
-enum Level : int { kScalar, kAvx2, kAvx512, kNeon };
+enum Level : int { kScalar, kAvx2, kAvx512, kNeon, kAvx512Bf16, kAmx };
 
 // The levels that were compiled in and that this CPU and its system can run, best last.
 std::vector<std::string> isa_levels();
@@ -26,23 +26,35 @@ Level level();
 
 }  // namespace fastllm
 
-// Defines kernels() of a family inside its namespace: the table of the level in use.
+// Defines kernels() of a family inside its namespace: the table of the level in use. Most families
+// gain nothing from dot products and tiles of bf16 and use their avx512 kernels there; those with
+// FASTLLM_DOT_LEVELS are named in setup.py, too.
 #if defined(__x86_64__)
-#define FASTLLM_LEVELS                                                           \
-  extern const Kernels scalar, avx2, avx512;                                     \
-  const Kernels& kernels() {                                                     \
-    static constexpr const Kernels* all[] = {&scalar, &avx2, &avx512, nullptr}; \
-    return *all[level()];                                                        \
+#define FASTLLM_LEVELS                                                                   \
+  extern const Kernels scalar, avx2, avx512;                                             \
+  const Kernels& kernels() {                                                             \
+    static constexpr const Kernels* all[] = {&scalar, &avx2, &avx512, nullptr, &avx512,  \
+                                             &avx512};                                   \
+    return *all[level()];                                                                \
+  }
+#define FASTLLM_DOT_LEVELS                                                                   \
+  extern const Kernels scalar, avx2, avx512, avx512_bf16, amx;                               \
+  const Kernels& kernels() {                                                                 \
+    static constexpr const Kernels* all[] = {&scalar, &avx2, &avx512, nullptr, &avx512_bf16, \
+                                             &amx};                                          \
+    return *all[level()];                                                                    \
   }
 #elif defined(__aarch64__)
-#define FASTLLM_LEVELS                                                             \
-  extern const Kernels scalar, neon;                                               \
-  const Kernels& kernels() {                                                       \
-    static constexpr const Kernels* all[] = {&scalar, nullptr, nullptr, &neon};   \
-    return *all[level()];                                                          \
+#define FASTLLM_LEVELS                                                           \
+  extern const Kernels scalar, neon;                                             \
+  const Kernels& kernels() {                                                     \
+    static constexpr const Kernels* all[] = {&scalar, nullptr, nullptr, &neon}; \
+    return *all[level()];                                                        \
   }
+#define FASTLLM_DOT_LEVELS FASTLLM_LEVELS
 #else
 #define FASTLLM_LEVELS         \
   extern const Kernels scalar; \
   const Kernels& kernels() { return scalar; }
+#define FASTLLM_DOT_LEVELS FASTLLM_LEVELS
 #endif

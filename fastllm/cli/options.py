@@ -11,6 +11,7 @@ COMMANDS = {
     "info": "what this machine has, and which backends can run on it",
     "check": "prove every kernel that can run here against float64",
     "bench": "time the kernels against stock PyTorch and the limits of the machine",
+    "tune": "measure which backend and which config wins here, and keep it",
     "demo": "a real encoder and a small Llama, stock against swapped, measured",
 }
 _DETAIL = {
@@ -28,6 +29,11 @@ Times ours (the automatic choice) against stock eager PyTorch, torch.compile and
 the peers that are installed, in interleaved rounds, and against the copy
 bandwidth measured beside them. What fails its cases on this machine gets no
 speedup; what loses is marked.""",
+    "tune": """\
+Times the backends that can serve a call, and the configs of a kernel, against
+one another and keeps what wins in a table of yours (FASTLLM_CACHE_DIR), which
+every later process uses. Ordinary calls never measure. What the table knows is
+skipped, so a run that was interrupted goes on where it was.""",
     "demo": """\
 Swaps fastllm into a pretrained sentence encoder and into a small Llama that
 trains from scratch on Python's own documentation, beside an untouched copy of
@@ -39,7 +45,13 @@ _EXAMPLES = {
     "bench": [
         "fastllm bench --quick",
         "fastllm bench norm --op rms_norm --dtype bf16 --threads 1",
+        "fastllm bench --compare before.json after.json",
         "fastllm bench --out bench/results && fastllm bench --readme README.md",
+    ],
+    "tune": [
+        "fastllm tune",
+        "fastllm tune norm --shapes 2048x768 --budget 60",
+        "fastllm tune --model train:model_and_batch",
     ],
     "demo": ["fastllm demo --out report", "fastllm demo --quick"],
 }
@@ -90,23 +102,58 @@ def _bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dtype", metavar="NAME", help="only this dtype: fp32, bf16, fp16")
     sub.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: a GPU if any)")
     _threads(sub, "this many CPU threads (default: all, and then one)")
-    sub.add_argument("--quick", action="store_true", help="one case an op and dtype; a few minutes")
+    sub.add_argument(
+        "--quick", action="store_true", help="one case an op and dtype; under five minutes"
+    )
     sub.add_argument(
         "--budget",
         type=_seconds,
         metavar="SECONDS",
-        help="time for a row (default: 1, quick: 0.3)",
+        help="time for the whole run, shared by its rows (default: 3600, quick: 240)",
+    )
+    sub.add_argument(
+        "--fresh", action="store_true", help="do not go on with a run that was cut off"
     )
     sub.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     sub.add_argument(
-        "--out", type=Path, metavar="DIR", help="write DIR/<device>.json and .md (bench/results)"
+        "--out", type=Path, metavar="DIR", help="write DIR/<device>.json, .md and .html"
     )
+    sub.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="measure nothing; what is slower in B than in A beyond both runs' noise (exit code 1)",
+    )
+    sub.add_argument("--force", action="store_true", help="compare runs of different devices")
     sub.add_argument(
         "--readme",
         type=Path,
         metavar="FILE",
         help="measure nothing; rewrite FILE's table from the bench/results beside it",
+    )
+
+
+def _tune(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("family", nargs="*", help="families of ops, or ops (default: all)")
+    sub.add_argument(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="tune what a model calls: FACTORY() gives (model, example inputs)",
+    )
+    sub.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="SIZES",
+        help="sizes of the ops' dimensions, 2048x768, instead of their test cases",
+    )
+    sub.add_argument("--budget", type=_seconds, metavar="SECONDS", help="stop after so long")
+    sub.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: a GPU if any)")
+    _threads(sub, "this many CPU threads (default: all, and then one)")
+    sub.add_argument("--again", action="store_true", help="measure what is known already, too")
+    sub.add_argument(
+        "--out", type=Path, metavar="DIR", help="write a table to DIR (fastllm/tables ships it)"
     )
 
 
@@ -149,4 +196,4 @@ def _version() -> str:
         return "(not installed)"
 
 
-_ADD = {"info": lambda sub: None, "check": _check, "bench": _bench, "demo": _demo}
+_ADD = {"info": lambda sub: None, "check": _check, "bench": _bench, "tune": _tune, "demo": _demo}

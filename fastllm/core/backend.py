@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")  # in order of preference
+BACKENDS = ("cpu", "onednn", "triton", "cuda", "torch", "reference")  # in order of preference
 
 
 def always(*_: Any) -> None:

@@ -53,15 +53,21 @@ def _backward(op: Op) -> Any:
     def run(*args: Any) -> Any:
         *given, needs, backend = map(_tuple, args)
         grads, saved = given[: op.outputs], given[op.outputs :]
-        chosen = op.select(op.forward_args(tuple(saved)), backend)
+        chosen = op.select_training(op.forward_args(tuple(saved)), backend)
         results = (chosen.backward or op.reference_backward)(
             *op.first_grad(grads, saved), *saved, needs
         )
         like = saved[op.saved_tensors[0]]
-        results = [like.new_empty(0) if r is None else r.contiguous() for r in results]
+        results = [like.new_empty(0) if r is None else _apart(r, given) for r in results]
         return results[0] if op.results == 1 else tuple(results)
 
     return run
+
+
+def _apart(result: Tensor, given: Any) -> Tensor:
+    """Contiguous, and no alias of an argument: a dispatcher op may not return one."""
+    own = result.contiguous()
+    return own.clone() if any(own is g for g in given) else own
 
 
 def _fake(op: Op) -> Any:

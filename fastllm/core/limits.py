@@ -1,7 +1,6 @@
-"""What this machine can do at most, measured when asked: copying, reading, multiplying matrices."""
+"""What this machine can do at most, measured when asked: copying, reading, dense products."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,17 +8,27 @@ import torch
 from fastllm.core.measure import Call, Factory, copies, interleave, rotation
 
 _BIG = 256 << 20  # bytes: past every cache
-_SIDE = {"cpu": 2048, "cuda": 8192}
+_SIDES = {"cpu": (256, 1024, 2048), "cuda": (1024, 4096, 8192)}  # a core peaks on less than all
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes a second of copying (read plus written) and of reading; FLOP/s by dtype."""
+    """Bytes a second of copying (read plus written) and of reading; FLOP/s by dtype.
+
+    The peaks are those of the fastest dense product that stock PyTorch has: fp32 FMA, and the dot
+    products of bf16, fp16 and int8 where the machine has them.
+    """
 
     copy: float
     read: float
     matmul: dict[str, float]
     threads: int
+
+    def peak(self, dtype: str) -> float:
+        """Operations a second for arithmetic on `dtype`; what has no units of its own uses fp32."""
+        plain = self.matmul.get("float32", 0.0)
+        return max(self.matmul.get(dtype, 0.0), plain)
 
 
 def copying(nbytes: int, device: str | torch.device = "cpu") -> Factory:
@@ -74,26 +83,46 @@ def matmul_peak(
     device: str | torch.device = "cpu",
     budget: float = 0.5,
     threads: int | None = None,
-    side: int | None = None,
+    sides: Sequence[int] | None = None,
 ) -> float:
-    """FLOP/s of the fastest square matrix product: on CPUs oneDNN's may beat the default."""
-    n = side or _SIDE.get(torch.device(device).type, 2048)
+    """Operations a second of the fastest square product: on CPUs oneDNN's may beat the default.
 
-    def factory(product: Callable) -> Call:
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    The fastest sample counts: a limit is what can be reached. 0 where torch has no such product.
+    """
+    best = 0.0
+    sides = sides or _SIDES.get(torch.device(device).type, _SIDES["cpu"])
+    for n in sides:
+        if best and 2 * n**3 / best > 1.0:
+            break  # a dtype that this machine emulates: larger products would take minutes
+        found = interleave(
+            {name: _product(f, n, dtype, device) for name, f in _products(dtype, device).items()},
+            device=device,
+            budget=budget / len(sides),
+            threads=threads,
+            min_rounds=3,
+        )
+        best = max([best, *(2 * n**3 / min(taken) for taken in found.samples.values())])
+    return best
+
+
+def _products(dtype: torch.dtype, device: str | torch.device) -> dict[str, Callable]:
+    if dtype == torch.int8:
+        return {"int_mm": lambda a, b: torch._int_mm(a, b.t())}  # GPUs want b by columns
+    found: dict[str, Callable] = {"mm": torch.mm}
+    if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
+        found["onednn"] = _onednn
+    return found
+
+
+def _product(product: Callable, n: int, dtype: torch.dtype, device: str | torch.device) -> Factory:
+    def factory() -> Call:
+        if dtype == torch.int8:
+            a, b = (torch.randint(-127, 128, (n, n), dtype=dtype, device=device) for _ in range(2))
+        else:
+            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         return lambda i: product(a, b)
 
-    products: dict[str, Callable] = {"mm": torch.mm}
-    if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
-        products["onednn"] = _onednn
-    found = interleave(
-        {name: functools.partial(factory, product) for name, product in products.items()},
-        device=device,
-        budget=budget,
-        threads=threads,
-        min_rounds=3,
-    )
-    return 2 * n**3 / min(map(found.seconds, found.samples))
+    return factory
 
 
 def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -104,15 +133,11 @@ def measure_limits(
     device: str | torch.device = "cpu", threads: int | None = None, budget: float = 2.0
 ) -> Limits:
     """All of them, in about `budget` seconds and what the slowest product takes."""
-    gpu = torch.device(device).type == "cuda"
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)[: 3 if gpu else 2]
-    share = budget / (2 + len(dtypes))
+    share = budget / (2 + len(_DTYPES))
+    peaks = {str(x).removeprefix("torch."): matmul_peak(x, device, share, threads) for x in _DTYPES}
     return Limits(
         copy_bandwidth(_BIG, device, share, threads),
         read_bandwidth(_BIG, device, share, threads),
-        {
-            str(dtype).removeprefix("torch."): matmul_peak(dtype, device, share, threads)
-            for dtype in dtypes
-        },
+        {name: peak for name, peak in peaks.items() if peak},
         threads or torch.get_num_threads(),
     )

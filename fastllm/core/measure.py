@@ -25,6 +25,7 @@ Call = Callable[[int], Any]  # call(i): one call on input set i
 Factory = Callable[[], Call]  # makes the call, under the thread count that it is timed with
 
 MAX_SETS = 512  # input sets beyond this are not worth their memory: the row is *warm*
+_FEWEST, _PATIENCE = 3, 10  # rounds that do when `min_rounds` take ten times the budget
 _SAMPLE = 5e-4  # seconds that one sample lasts at least
 _DEFAULT_CACHE = 64 << 20
 
@@ -104,7 +105,8 @@ def interleave(
 
     Each factory is called once and its call warmed up, outside the clock. Rounds go on until the
     ratios to the first candidate are known to `stable` (relative standard error), or `budget`
-    seconds have gone by and `min_rounds` are done. Input sets rotate with every call; when
+    seconds have gone by and `min_rounds` are done; where these would take ten times the budget,
+    three have to do. Input sets rotate with every call; when
     `paired`, a round is one call of each candidate on the same set. A candidate that raises while
     it is made or warmed up is left out, with its reason in `failed`.
 
@@ -152,6 +154,8 @@ def _rounds(
         # `paired` rounds cover every set equally often, or the sum over sets would be lopsided
         whole = not paired or done % sets == 0
         if whole and done >= min_rounds and (spent >= budget or _settled(samples, stable)):
+            break
+        if whole and done >= _FEWEST and spent >= _PATIENCE * budget > 0:
             break
         shuffle(order)
         visited.append(cursor % sets)

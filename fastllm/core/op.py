@@ -22,6 +22,7 @@ from fastllm.core.backend import BACKENDS, Backend, check_name, choice
 from fastllm.core.cases import Case, Cost
 from fastllm.core.errors import UnsupportedError
 from fastllm.core.fast import GUARDS
+from fastllm.core.tuner.routes import Routes
 
 OPS: dict[str, "Op"] = {}
 
@@ -58,6 +59,7 @@ class Op:
     autocast           dtype that autocast casts floating inputs to, by device type
     autocast_composite device types on which autocast gets plain torch code instead
     mutates            positions of tensors that forward writes in place
+    key                key(*args): a call's word in the tuner's table; None: made of all arguments
     """
 
     name: str
@@ -80,6 +82,7 @@ class Op:
     autocast_composite: tuple[str, ...] = ()
     mutates: tuple[int, ...] = ()
     outputs: int = 1
+    key: Callable[..., str] | None = None
 
     def __post_init__(self) -> None:
         found = {b.name: b for b in self.implementations}
@@ -90,6 +93,8 @@ class Op:
         self.fast = None if self.fastest is None else self.fastest.fast
         self.with_grad = _differentiable(self)
         self.packet: Any = None
+        self.routes: Routes | None = None  # None: the table has nothing to say about this op
+        Routes(self).reset()
         if self.name in OPS:
             raise ValueError(f"name: an op {self.name!r} is registered already")
         OPS[self.name] = self
@@ -100,7 +105,12 @@ class Op:
         """Runs the op on resolved arguments; `backend` forces one."""
         if torch.compiler.is_compiling():
             return self.dispatch(args, backend)
-        if self.fast is not None and backend is None:
+        routed = None
+        if self.routes is not None and backend is None and choice.name is None:
+            routed = self.routes.find(args)
+            if routed is not None and routed.backward is None and _ordinary():
+                return routed.forward(*args)
+        if self.fast is not None and backend is None and routed is None:
             out = self.fast(*args)
             if out is True:
                 return self.with_grad(self.fastest, *args)
@@ -124,7 +134,7 @@ class Op:
         if _transforms() is not None or forward_ad._current_level >= 0:
             return self.composite(args, backend)
         self.check(*args)
-        run = self.select(args, backend)
+        run = routed or self.forced(args, backend) or self.default(args)
         if run.backward is None:
             return run.forward(*args)
         if grad and _grad_enabled():
@@ -172,13 +182,33 @@ class Op:
     # ---- choosing
 
     def select(self, args: tuple, backend: str | None = None) -> Backend:
-        """The backend that runs `args`: the one asked for, else the first that can."""
+        """The backend of a call without gradients: asked for, or measured to win, or the first."""
+        run = self.forced(args, backend)
+        if run is None and self.routes is not None:
+            run = self.routes.find(args, False)
+        return run or self.default(args)
+
+    def select_training(self, args: tuple, backend: str | None = None) -> Backend:
+        """The backend of a backward pass that is an op of its own, after a forward by any other."""
+        run = self.forced(args, backend)
+        if run is None and self.routes is not None:
+            run = self.routes.find(args, True)
+            if run is not None and run.backward is None:  # it could only have come with its forward
+                run = None
+        return run or self.default(args)
+
+    def forced(self, args: tuple, backend: str | None) -> Backend | None:
+        """The backend that the call, the context or the environment asks for."""
         name = choice.name if backend is None else check_name(backend)
-        if name is not None:
-            run = self.backends.get(name)
-            if run is not None and run.missing is None and run.supports(*args) is None:
-                return run
-            raise self.unsupported(args, name)
+        if name is None:
+            return None
+        run = self.backends.get(name)
+        if run is not None and run.missing is None and run.supports(*args) is None:
+            return run
+        raise self.unsupported(args, name)
+
+    def default(self, args: tuple) -> Backend:
+        """The first backend, in order of preference, that can serve `args`."""
         runnable = self._runnable
         if runnable is None:
             runnable = self._runnable = [b for b in self.backends.values() if b.missing is None]
@@ -277,6 +307,12 @@ def _picker(places: tuple[int, ...]) -> Callable[[tuple], tuple]:
     if len(places) > 1:
         return operator.itemgetter(*places)
     return lambda values: tuple(values[i] for i in places)
+
+
+def _ordinary() -> bool:
+    """Whether nothing watches or transforms this call."""
+    special = _modes() or _function_modes() or _tracing() or _autocast()
+    return not special and _transforms() is None and forward_ad._current_level < 0
 
 
 def describe(value: Any) -> str:

@@ -1,5 +1,20 @@
-"""Drop-in modules: subclasses of torch's with the same constructor, state_dict and repr."""
+"""Drop-in modules: subclasses of torch's with the same constructor, state_dict and repr.
 
+And the parts of a transformer that torch has no module for: GatedMLP, MLP.
+"""
+
+from fastllm.nn.activation import GELU, SiLU
+from fastllm.nn.linear import Linear
+from fastllm.nn.mlp import MLP, GatedMLP
 from fastllm.nn.norm import GroupNorm, LayerNorm, RMSNorm
 
-__all__ = ["GroupNorm", "LayerNorm", "RMSNorm"]
+__all__ = [
+    "GELU",
+    "MLP",
+    "GatedMLP",
+    "GroupNorm",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "SiLU",
+]

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastllm.core.backend import check_name
 from fastllm.core.errors import UnsupportedError
 from fastllm.core.op import OPS
-from fastllm.swap import classes, rewrite, rules
+from fastllm.swap import classes, rules
+from fastllm.swap.blocks import Finder
 from fastllm.swap.handle import Handle
-from fastllm.swap.recompile import Unfusable
+from fastllm.swap.mlp import MLP
 from fastllm.swap.report import Report, Row
 from fastllm.swap.select import Paths, chosen, paths_of
 from fastllm.swap.verify import Verification
@@ -56,7 +56,7 @@ def swap_model(
     try:
         for module, (path, choice) in plan.items():
             handle.change(path, module, choice.recipe)  # type: ignore[arg-type]
-        blocks = _fuse(handle, paths, barred, rows)
+        blocks = _fuse(handle, paths, allowed, barred, backend, rows)
         if proof is not None:
             proof.after(handle, rows, blocks)
     except BaseException:
@@ -70,21 +70,18 @@ def swap_model(
 
 
 def _check_available(backend: str) -> None:
-    ops = {name: op.backends.get(backend) for name, op in OPS.items() if op.family == "norm"}
-    missing = [
-        f"  {name}: {'no such backend' if b is None else b.missing}"
-        for name, b in ops.items()
-        if b is None or b.missing
-    ]
-    if len(missing) == len(ops):
-        raise UnsupportedError("\n".join([f"backend: {backend!r} cannot run here", *missing]))
+    reasons = {op: rules.why_no_backend(op, backend) for op in OPS}
+    if all(reasons.values()):
+        rows = [f"  {op}: {reason}" for op, reason in reasons.items()]
+        raise UnsupportedError("\n".join([f"backend: {backend!r} cannot run here", *rows]))
 
 
 def _plan(
     paths: Paths, allowed: set[nn.Module], barred: set[nn.Module], backend: str | None
 ) -> tuple[dict[nn.Module, tuple[str, rules.Choice]], list[Row]]:
     """What to change into what; nothing is changed yet."""
-    context = rules.Context(backend, {})
+    adapters = (m for m in paths if m._modules.get("base_layer") is not None)
+    context = rules.Context(backend, adapted={inner for m in adapters for inner in m.modules()})
     plan: dict[nn.Module, tuple[str, rules.Choice]] = {}
     rows: list[Row] = []
     for module, (path, *others) in paths.items():
@@ -98,7 +95,7 @@ def _plan(
         if choice is None:
             continue
         reason = choice.reason or classes.unfit(module)
-        row = Row(path, name, reason=reason or "")
+        row = Row(path, name, reason=reason or "", kind=choice.kind)
         rows.append(row)
         if reason is None and choice.recipe is not None:
             plan[module] = (path, choice)
@@ -110,39 +107,23 @@ def _plan(
 
 
 def _fuse(
-    handle: Handle, paths: Paths, barred: set[nn.Module], rows: list[Row]
+    handle: Handle,
+    paths: Paths,
+    allowed: set[nn.Module],
+    barred: set[nn.Module],
+    backend: str | None,
+    rows: list[Row],
 ) -> dict[nn.Module, Row]:
-    """Fuses additions in the parents of the norms that this handle swapped."""
-    norms = set(handle.modules.values())
-    known: dict[Any, Any] = {}
+    """Fuses what can be fused in the parents of the modules that this handle swapped."""
+    finder = Finder(set(handle.modules.values()), allowed - barred, backend)
     blocks: dict[nn.Module, Row] = {}
     for module, (path, *_) in paths.items():
-        mine = [
-            n for n, child in module._modules.items() if child in norms and hasattr(child, "add")
-        ]
-        if (
-            not mine
-            or module in barred
-            or isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule)
-        ):
+        taken = isinstance(classes.recipe_of(module), MLP)
+        if module in barred or module in finder.swapped or taken:
             continue
-        base = classes.original(module)
-        row = Row(path, type(module).__name__)
-        try:
-            flags = tuple((n, v) for n, v in vars(module).items() if type(v) is bool)
-            key = (base, tuple(module._modules), flags)
-            if key not in known:
-                known[key] = rewrite.sites(base, module)
-            found = [name for name in known[key] if name in mine]
-            row.reason = (classes.unfit(module) or "") if found else ""
-        except Unfusable as error:
-            found, row.reason = [], f"additions not fused: {error}"
-        if not found and not row.reason:
-            continue
-        rows.append(row)
-        if row.reason:
-            continue
-        handle.change(path, module, rewrite.FuseAdds(tuple(sorted(found))))
-        row.new, row.adds = "addition + " + ", ".join(found), len(found)
-        blocks[module] = row
+        for recipe, row in finder.find(path, module):
+            rows.append(row)
+            if recipe is not None:
+                handle.change(path, module, recipe)
+                blocks[module] = row
     return blocks

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as hooks
+
+from fastllm.nn.hooks import observed
 
 
 def add_norm(a: Any, b: Any, norm: Any) -> tuple[Any, Any]:
@@ -19,7 +20,7 @@ def add_norm(a: Any, b: Any, norm: Any) -> tuple[Any, Any]:
         and a.shape == b.shape
         and a.device == b.device
         and getattr(type(norm), "_fastllm_recipe", None) is not None
-        and not _observed(norm)
+        and not observed(norm)
         and not torch.is_autocast_enabled(a.device.type)
         and not (a.is_nested or b.is_nested)
     ):
@@ -32,19 +33,3 @@ def add_norm(a: Any, b: Any, norm: Any) -> tuple[Any, Any]:
 def norm_of_sum(norm: Any, a: Any, b: Any) -> Any:
     """norm(a + b)."""
     return add_norm(a, b, norm)[1]
-
-
-def _observed(norm: Any) -> bool:
-    """Whether somebody hooked, wrapped or compiled this very module, or hooks all modules."""
-    return bool(
-        norm._forward_hooks
-        or norm._forward_pre_hooks
-        or norm._backward_hooks
-        or norm._backward_pre_hooks
-        or "forward" in norm.__dict__
-        or norm._compiled_call_impl is not None
-        or hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )

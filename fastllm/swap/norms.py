@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastllm import functional as F
+from fastllm.swap.bare import rename_argument
 
 Pair = tuple[torch.dtype, torch.dtype | None]  # dtype of the input, dtype of the weight
 
@@ -62,7 +62,7 @@ class Norm:
     def namespace(self, base: Any) -> dict[str, Any]:
         forward = _forward(self, base.forward)
         return {
-            "forward": _rename_argument(forward, self.argument, base),
+            "forward": rename_argument(forward, self.argument, base),
             "add": _add(self),
         }
 
@@ -143,18 +143,3 @@ def _add(recipe: Norm) -> Callable[..., tuple[Tensor, Tensor]]:
         )
 
     return add
-
-
-def _rename_argument(function: FunctionType, name: str, base: type) -> FunctionType:
-    """`function` with its second parameter called `name`: callers may pass it by keyword."""
-    code: CodeType = function.__code__
-    names = (code.co_varnames[0], name, *code.co_varnames[2:])
-    made = FunctionType(
-        code.replace(co_varnames=names),
-        function.__globals__,
-        "forward",
-        function.__defaults__,
-        function.__closure__,
-    )
-    made.__qualname__ = f"{base.__qualname__}.forward"
-    return made

@@ -7,10 +7,8 @@ float64, gradients included. The user's parameters, attributes and hooks are nei
 touched.
 """
 
-import inspect
 import itertools
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from fastllm.core.errors import UnsupportedError
 from fastllm.core.proof import compare, relative_error
+from fastllm.swap.bare import bare, isolated, only_argument, state
 from fastllm.swap.norms import Norm, Pair, apply, formula
 
 CANDIDATES = (("rms_norm", 0.0), ("rms_norm", 1.0), ("layer_norm", 0.0), ("layer_norm", 1.0))
@@ -63,12 +62,11 @@ def structure(module: nn.Module) -> Structure | str:
     eps = tuple(n for n, v in vars(module).items() if "eps" in n and type(v) is float)
     if not eps:
         return "it has no float epsilon attribute"
-    wanted = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if len(wanted) != 1 or wanted[0].kind not in positional:
+    argument = only_argument(type(module))
+    if argument is None:
         return "its forward takes more than one argument"
     size = len(params[weights[0]]) if weights else _last_size(module)
-    return Structure(weights[0] if weights else None, bias, eps, size, wanted[0].name)
+    return Structure(weights[0] if weights else None, bias, eps, size, argument)
 
 
 def _last_size(module: nn.Module) -> int:
@@ -109,15 +107,7 @@ def identify(module: nn.Module, backend: str | None) -> tuple[Norm, float] | str
     own = torch.float32 if param is None else param.dtype
     if own not in DTYPES:
         return f"its parameters are {str(own).removeprefix('torch.')}"
-    cuda = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=cuda),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # about dtype pairs that nobody asked for
-        torch.manual_seed(0)
+    with isolated(device):
         return _identify(_Probe(module, parts, device), own, backend)
 
 
@@ -161,11 +151,8 @@ class _Probe:
 
     def copy(self, dtype: torch.dtype | None, eps: dict[str, float], training: bool = False) -> Any:
         """The module without hooks, with random parameters of `dtype` and these epsilons."""
-        twin = object.__new__(type(self.module))
-        for name, value in vars(self.module).items():
-            if name not in ("forward", "_old_forward", "_hf_hook"):
-                vars(twin)[name] = value.copy() if isinstance(value, dict) else value
-        vars(twin).update(eps, training=training)
+        twin = bare(self.module, training)
+        vars(twin).update(eps)
         for own, random in ((self.parts.weight, self.weight), (self.parts.bias, self.bias)):
             if own is not None and random is not None:
                 twin._parameters[own] = nn.Parameter(random.to(self.device, dtype))
@@ -191,13 +178,13 @@ class _Probe:
         for training in (False, True):
             twin = self.copy(torch.float32, self.actual, training)
             x = torch.randn(3, self.parts.size, device=self.device)
-            before = [(k, id(v)) for k, v in vars(twin).items()]
+            before = state(twin)
             first, second = self.run(twin, x), self.run(twin, x)
             if not isinstance(first, Tensor):
                 return "its forward does not return one tensor"
             if not torch.equal(first, second):
                 return "its forward is random"
-            if before != [(k, id(v)) for k, v in vars(twin).items()]:
+            if before != state(twin):
                 return "its forward changes the module"
         return None
 

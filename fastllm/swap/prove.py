@@ -1,4 +1,4 @@
-"""One norm held against its formula, and the statistics of rounding noise that all proofs share."""
+"""One module held against its formula, and the rounding noise that all proofs allow for."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 from fastllm.core.proof import Proof, compare
 from fastllm.swap import classes
+from fastllm.swap.bare import bare
 
 DRAWS = 4
 
 
 def half_a_unit_off(value: Tensor, generator: torch.Generator) -> Tensor:
-    """`value` with a random relative error of half a unit in the last place."""
+    """`value` with a random relative error of half a unit in the last place; integers as is."""
+    if not value.is_floating_point():
+        return value
     off = torch.randn(value.shape, generator=generator) * torch.finfo(value.dtype).eps / 2
     return (value.double() * (1 + off.to(value.device))).to(value.dtype)
 
@@ -37,7 +40,7 @@ def worst_of(proofs: list[Proof]) -> Proof:
 
 
 @torch.enable_grad()
-def prove_norm(module: nn.Module, recipe: Any, x: Tensor) -> Proof:
+def prove_module(module: nn.Module, recipe: Any, x: Tensor) -> Proof:
     """Ours against the original on `x`, with gradients, and the fused form, too."""
     original: Any = type(module)
     made: Any = classes.make(original, recipe)
@@ -54,10 +57,11 @@ def prove_norm(module: nn.Module, recipe: Any, x: Tensor) -> Proof:
             yield stock(half_a_unit_off(x, generator), generator)[i]
 
     params = [n for n, p in module._parameters.items() if p is not None]
-    names = ["output", "gradient of the input", *(f"gradient of {n}" for n in params)]
+    slope = ["gradient of the input"] if x.is_floating_point() else []
+    names = ["output", *slope, *(f"gradient of {n}" for n in params)]
     theirs = stock(x)
     mine = _results(ours, lambda x: made.forward(ours, x), x)
-    right = _results(exact, recipe.exact(exact), x.double(), theirs[0].dtype)
+    right = _results(exact, recipe.exact(exact), _double(x), theirs[0].dtype)
     proofs = [
         second_look(name, mine[i], theirs[i], right[i], draws(x, i)) for i, name in enumerate(names)
     ]
@@ -87,10 +91,7 @@ def _twin(
     generator: torch.Generator | None = None,
 ) -> Any:
     """An instance of `cls` with the module's values: no hooks, own leaves."""
-    twin: Any = object.__new__(cls)
-    for name, value in vars(module).items():
-        if name not in ("forward", "_old_forward", "_hf_hook"):
-            vars(twin)[name] = value.copy() if isinstance(value, dict) else value
+    twin = bare(module, module.training, cls)
     for name, p in module._parameters.items():
         if p is not None:
             leaf = p.detach() if generator is None else half_a_unit_off(p.detach(), generator)
@@ -105,9 +106,14 @@ def _results(
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Output and gradients, for the same upstream gradient each time, rounded to `dtype`."""
-    x = x.detach().requires_grad_()
+    x = x.detach().requires_grad_(x.is_floating_point())
     y = forward(x)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     upstream = upstream.to(y.device, dtype or y.dtype).to(y.dtype)
     params = [p for p in module._parameters.values() if p is not None]
-    return [y.detach(), *torch.autograd.grad(y, [x, *params], upstream)]
+    leaves = [x, *params] if x.requires_grad else params
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x

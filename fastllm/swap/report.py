@@ -5,11 +5,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 COLUMNS = ("path", "from", "to", "backend", "error", "why left")
+MODULES = ("norm", "linear", "embedding", "activation")
+BLOCKS = ("residual addition", "MLP", "rotary embedding")
 
 
 @dataclass
 class Row:
-    """One module. `error` against float64 and its `budget`; `reason` is set where it was left."""
+    """One module. `error` against float64 and its `budget`; `reason` is set where it was left.
+
+    kind  one of MODULES: the module itself runs fastllm's code; or of BLOCKS: its forward has
+          something fused
+    """
 
     path: str
     old: str
@@ -18,6 +24,7 @@ class Row:
     error: float | None = None
     budget: float | None = None
     reason: str = ""
+    kind: str = ""
     adds: int = 0
 
     def cells(self) -> tuple[str, ...]:
@@ -36,18 +43,23 @@ class Report:
 
     @property
     def swapped(self) -> list[Row]:
-        """Norms that run fastllm's code now."""
-        return [row for row in self.rows if row.new and not row.reason and not row.adds]
+        """Modules that run fastllm's code now."""
+        return [row for row in self.rows if row.kind in MODULES and row.new and not row.reason]
 
     @property
     def fused(self) -> list[Row]:
-        """Blocks with additions fused into the norm that follows."""
-        return [row for row in self.rows if row.adds and not row.reason]
+        """Blocks with something fused in their forward."""
+        return [row for row in self.rows if row.kind in BLOCKS and row.new and not row.reason]
+
+    def count(self, kind: str) -> int:
+        """How many of one kind are swapped or fused."""
+        rows = [row for row in (*self.swapped, *self.fused) if row.kind == kind]
+        return sum(row.adds or 1 for row in rows)
 
     @property
     def adds(self) -> int:
         """How many additions are fused."""
-        return sum(row.adds for row in self.fused)
+        return self.count("residual addition")
 
     @property
     def left(self) -> list[Row]:
@@ -57,9 +69,12 @@ class Report:
     @property
     def summary(self) -> str:
         """One line."""
-        norms = _count(len(self.swapped), "norm")
-        text = f"swapped {norms}, fused {_count(self.adds, 'residual addition')}"
-        return text + f", left {len(self.left)} alone"
+        parts = []
+        for verb, kinds in (("swapped", MODULES), ("fused", BLOCKS)):
+            counts = [(self.count(kind), kind) for kind in kinds]
+            named = [_count(n, kind) for n, kind in counts if n]
+            parts.append(f"{verb} {', '.join(named) or 'nothing'}")
+        return "; ".join([*parts, f"left {len(self.left)} alone"])
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 Call = tuple[tuple, dict[str, Any]]
 
 
-def as_calls(inputs: Any) -> list[Call]:
-    """What `verify=` takes, as (args, kwargs) pairs."""
+def as_calls(inputs: Any, argument: str = "verify") -> list[Call]:
+    """What `verify=` (or another argument) takes, as (args, kwargs) pairs."""
     calls: list[Call] = []
     for one in inputs if isinstance(inputs, list) else [inputs]:
         if isinstance(one, Tensor):
@@ -26,11 +26,11 @@ def as_calls(inputs: Any) -> list[Call]:
             calls.append((one, {}))
         else:
             raise TypeError(
-                "verify: expected a tensor, a tuple of arguments, a dict of keyword arguments or a "
-                f"list of such, found {type(one).__name__}"
+                f"{argument}: expected a tensor, a tuple of arguments, a dict of keyword arguments "
+                f"or a list of such, found {type(one).__name__}"
             )
     if not calls:
-        raise ValueError("verify: the list of inputs is empty")
+        raise ValueError(f"{argument}: the list of inputs is empty")
     return calls
 
 

@@ -2,7 +2,7 @@
 
 The model runs before and after, in eval mode, without gradients and (if a parameter wants one)
 with random upstream gradients. A float64 deep copy is the oracle: swapped may be at most twice as
-far from it as the original. Every swapped norm is held against its formula on what it really
+far from it as the original. Every swapped module is held against its formula on what it really
 receives, too, so that an error is put down to the module that makes it. Nothing of the run stays
 in the model.
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from fastllm.core.proof import Proof
 from fastllm.swap.handle import Handle, restore
-from fastllm.swap.prove import DRAWS, half_a_unit_off, prove_norm, second_look, worst_of
-from fastllm.swap.report import Row
+from fastllm.swap.prove import DRAWS, half_a_unit_off, prove_module, second_look, worst_of
+from fastllm.swap.report import MODULES, Row
 from fastllm.swap.run import as_calls, preserved, run
 
 Results = list[dict[str, Tensor]]
@@ -46,9 +46,9 @@ class Verification:
         self.draws: list[Results] = []
 
     def before(self, choices: dict[nn.Module, Any]) -> None:
-        """Runs the original and its oracle, and every norm that is going to be swapped."""
+        """Runs the original and its oracle, and every module that is going to be swapped."""
         with preserved(self.model):
-            self._each_norm(choices)
+            self._each_module(choices)
             if self.gradients:
                 try:
                     self.stock = self._results(self.model)
@@ -61,8 +61,8 @@ class Verification:
             self._oracle()
 
     def after(self, handle: Handle, rows: list[Row], blocks: dict[nn.Module, Row]) -> None:
-        """Compares; puts back single norms, then the fused additions, then everything."""
-        by_path = {row.path: row for row in rows if row.new and not row.adds}
+        """Compares; puts back single modules, then the fused blocks, then everything."""
+        by_path = {row.path: row for row in rows if row.new and row.kind in MODULES}
         for path, module in list(handle.modules.items()):
             proof = self.proofs.get(module)
             if proof is None or path not in by_path:
@@ -73,7 +73,7 @@ class Verification:
                 by_path[path].reason = f"verify: {proof.message}"
         worst = self._compare()
         if not worst.ok and blocks:
-            self.notes.append(f"verify: {worst.message}; the fused additions were put back")
+            self.notes.append(f"verify: {worst.message}; the fused blocks were put back")
             for module, row in blocks.items():
                 handle.put_back(module)
                 row.reason = f"verify: {worst.message}"
@@ -166,7 +166,7 @@ class Verification:
 
         return second_look(name, value, self.noise[i][name], self.exact[i][name], draws())
 
-    def _each_norm(self, choices: dict[nn.Module, Any]) -> None:
+    def _each_module(self, choices: dict[nn.Module, Any]) -> None:
         hooks = [
             m.register_forward_pre_hook(self._hook(c.recipe), with_kwargs=True)
             for m, c in choices.items()
@@ -188,7 +188,7 @@ class Verification:
                 or any(p is not None and p.is_meta for p in module._parameters.values())
             ):
                 return
-            proof = prove_norm(module, recipe, x)
+            proof = prove_module(module, recipe, x)
             before = self.proofs.get(module)
             if before is None or not proof.ok or (before.ok and proof.error > before.error):
                 self.proofs[module] = proof

@@ -1,26 +1,31 @@
-"""Measures: one row for each op, case, direction and thread count, proven before it is timed."""
+"""Measures one row: a subject's scenario in one direction, on a number of threads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from fastllm.cli.bench import peers
-from fastllm.cli.bench.subject import DIRECTIONS, Subject, bound, stock
-from fastllm.core.cases import Case
-from fastllm.core.limits import copying
-from fastllm.core.measure import Measurement, interleave, one_line
+from fastllm.cli.bench.ops import Inputs, bound, cost, stock
+from fastllm.cli.bench.plan import Item
+from fastllm.core.limits import Limits, copying
+from fastllm.core.measure import Measurement, interleave, one_line, quartiles
 from fastllm.core.op import Op
-from fastllm.core.proof import prove
+from fastllm.core.subject import Trial
 
 OURS, EAGER, COMPILED, COPY = "fastllm", "eager", "compiled", "copy"
 TIE = 0.03  # closer to 1 than this, a ratio is called even
+_COPIED = 256 << 20  # bytes: a copy of more than this runs at the same speed
+_TINY = 1 << 10  # bytes moved: a case to read a call's overhead from
 
 
 @dataclass
 class Row:
-    """One measured row. Ratios say how many times faster ours is: median, lower, upper quartile."""
+    """One measured row. Ratios say how many times faster ours is: median, lower, upper quartile.
+
+    `limit_share` is the least time that the bytes (at the speed of a copy beside it) or the
+    operations (at the peak measured in the run) need, over ours; `bound` says which of the two.
+    """
 
     op: str
     family: str
@@ -30,176 +35,143 @@ class Row:
     threads: int | None
     backend: str
     nbytes: int
+    flops: int
     warm: bool
     rounds: int = 0
     microseconds: dict[str, float] = field(default_factory=dict)
+    quartiles: dict[str, list[float]] = field(default_factory=dict)
     speedup: dict[str, list[float]] = field(default_factory=dict)
+    bound: str | None = None
     limit_share: float | None = None
     absent: dict[str, str] = field(default_factory=dict)
     wrong: str | None = None
 
     @property
-    def rivals(self) -> dict[str, float]:
-        """Ratios to everything that is a way to run the op: the copy is a limit, not a rival."""
-        return {name: x[0] for name, x in self.speedup.items() if name != COPY}
-
-    @property
     def losses(self) -> list[str]:
-        """What is faster than ours by more than a tie."""
-        return [name for name, x in self.rivals.items() if x < 1 - TIE]
+        """What is faster than ours by more than a tie: the copy is a limit, not a rival."""
+        return [n for n, x in self.speedup.items() if n != COPY and x[0] < 1 - TIE]
 
     def json(self) -> dict[str, Any]:
         """As it is stored."""
         return asdict(self) | {"losses": self.losses}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to measure: seconds a row, whether to compile, how many threads (None: a GPU)."""
-
-    device: str = "cpu"
-    budget: float = 1.0
-    compile: bool = True
-    directions: Sequence[str] = DIRECTIONS
-
-
-class Correctness:
-    """Proves what is about to be timed, once: no speedup is printed for what fails its cases."""
-
-    def __init__(self, device: str, tick: Callable[[str], Any] = lambda what: None) -> None:
-        self.device, self.tick = device, tick
-        self._known: dict[tuple[str, str], str | None] = {}
-
-    def wrong(self, op: Op, backend: str, case: Case) -> str | None:
-        """The first failure of the op's untimed cases and of this one on `backend`, or None."""
-        key = (op.name, backend)
-        if key not in self._known:
-            self.tick(f"proving {op.name} on {backend}")
-            others = [c for c in op.cases if "bench" not in c.tags]
-            self._known[key] = self._first_failure(op, backend, others)
-        return self._known[key] or self._first_failure(op, backend, [case])
-
-    def _first_failure(self, op: Op, backend: str, cases: Sequence[Case]) -> str | None:
-        for case in cases:
-            if op.why_not(backend, case.args(self.device)) is not None:
-                continue
-            try:
-                proof = prove(op, case, backend, self.device)
-            except Exception as error:
-                return f"{op.name} {case.name}: {one_line(error)}"
-            if not proof.ok:
-                return proof.message
-        return None
-
-
-def measure_case(
-    op: Op,
-    case: Case,
-    threads: int | None,
-    settings: Settings,
-    correctness: Correctness,
+def measure(
+    item: Item,
+    device: str,
+    seconds: float,
+    compiled: bool | str,
+    limits: Limits | None,
     tick: Callable[[str], Any] = lambda what: None,
-) -> list[Row]:
-    """The rows of one case: one a direction."""
-    backend = op.select(case.args(settings.device)).name
-    wrong = correctness.wrong(op, backend, case)
-    rows = []
-    for direction in settings.directions:
-        tick(f"{op.name} {case.name} {direction}")
-        rows.append(_row(op, case, direction, backend, wrong, threads, settings))
-    return rows
-
-
-def _row(
-    op: Op,
-    case: Case,
-    direction: str,
-    backend: str,
-    wrong: str | None,
-    threads: int | None,
-    settings: Settings,
 ) -> Row:
-    subject = Subject(op, case, settings.device, direction)
+    """The row of `item`. `compiled`: whether to time torch.compile, or the reason why not.
+
+    What cannot be proven, or not even be set up, becomes a row that says so.
+    """
+    scenario, name = item.scenario, f"{item.subject.name} {item.scenario.name}"
+    tick(f"proving {name}")
+    wrong = scenario.wrong(device)
+    tick(f"{name} {item.direction}")
+    try:
+        trial = scenario.trial(device, item.direction)
+    except Exception as error:
+        trial = None
+        wrong = wrong or f"{name} {item.direction}: {one_line(error)}"
     row = Row(
-        op.name,
-        op.family,
-        case.name,
-        str(case.dtype).removeprefix("torch."),
-        direction,
-        threads,
-        backend,
-        subject.nbytes,
-        subject.warm,
+        item.subject.name,
+        item.subject.family,
+        scenario.name,
+        str(scenario.dtype).removeprefix("torch."),
+        item.direction,
+        item.threads,
+        trial.backend if trial else "-",
+        trial.nbytes if trial else scenario.nbytes,
+        trial.flops if trial else 0,
+        trial is not None and trial.sets == 1 and not trial.cold,
         wrong=wrong,
     )
-    if wrong:
+    if wrong or trial is None:
         return row
-    candidates = {
-        OURS: subject.ours(),
-        EAGER: subject.candidate(stock(op)),
-        COPY: copying(subject.nbytes, settings.device),
-    }
-    # a compiled graph's backward cannot be run twice: its buffers are donated
-    if settings.compile and direction != "backward":
-        candidates[COMPILED] = subject.compiled(stock(op))
-    for name, load in peers.installed(op.name, settings.device).items():
-        candidates[name] = _loaded(subject, load)
+    candidates = _candidates(trial, device, compiled, row.absent)
     found = interleave(
-        candidates,
-        sets=subject.sets,
-        device=settings.device,
-        budget=settings.budget,
-        threads=threads,
+        candidates, sets=trial.sets, device=device, budget=seconds, threads=item.threads
     )
-    return _fill(row, found)
+    return _fill(row, found, limits)
 
 
-def _loaded(subject: Subject, load: Callable[[], Callable[..., Any]]) -> Callable[[], Any]:
-    return lambda: subject.candidate(load())()
+def _candidates(
+    trial: Trial, device: str, compiled: bool | str, absent: dict[str, str]
+) -> dict[str, Any]:
+    found = {OURS: trial.ours, **trial.stock}
+    found[COPY] = copying(min(trial.nbytes, _COPIED), device)
+    if compiled is True:
+        found |= trial.compiled
+    elif compiled:
+        absent |= dict.fromkeys(trial.compiled, compiled)
+    return found | dict(trial.peers)
 
 
-def _fill(row: Row, found: Measurement) -> Row:
+def _fill(row: Row, found: Measurement, limits: Limits | None) -> Row:
     row.rounds = found.rounds
-    row.absent = dict(found.failed)
-    row.microseconds = {name: _digits(found.seconds(name) * 1e6) for name in found.samples}
+    row.absent |= found.failed
+    more = max(row.nbytes / _COPIED, 1.0)  # a copy that was cut short stands for a whole one
+    for name, samples in found.samples.items():
+        scale = more * 1e6 if name == COPY else 1e6
+        low, middle, high = (_digits(scale * x) for x in quartiles(samples))
+        row.microseconds[name], row.quartiles[name] = middle, [low, high]
     if OURS not in found.samples:
         row.wrong = f"{row.op} {row.case}: {found.failed[OURS]}"
         return row
     for name in found.samples:
         if name != OURS:
             x = found.speedup(OURS, over=name)
-            row.speedup[name] = [_digits(v) for v in (x.value, x.low, x.high)]
-    # the copy moves as many bytes as the op has to: its time over ours is our share of its speed
-    row.limit_share = row.speedup[COPY][0] if COPY in row.speedup else None
+            scale = more if name == COPY else 1.0
+            row.speedup[name] = [_digits(scale * v) for v in (x.value, x.low, x.high)]
+    _limit(row, limits)
     return row
 
 
+def _limit(row: Row, limits: Limits | None) -> None:
+    """Which limit the row runs into, and how much of it ours reaches."""
+    moving = row.speedup.get(COPY, [0.0])[0]
+    peak = limits.peak(row.dtype) if limits else 0.0
+    counting = row.flops / peak / (row.microseconds[OURS] / 1e6) if peak else 0.0
+    if max(moving, counting) > 0:
+        row.bound = "compute" if counting > moving else "memory"
+        row.limit_share = _digits(max(moving, counting))
+
+
+def tiny_case(op: Op) -> Any:
+    """The case to read a call's overhead from, or None."""
+    cases = [c for c in op.cases if "bench" in c.tags]
+    return next((c for c in cases if cost(op, c).forward_bytes <= _TINY), None)
+
+
 def measure_overhead(
-    op: Op, case: Case, threads: int | None, settings: Settings
+    op: Op, threads: int | None, device: str, seconds: float
 ) -> dict[str, float | str]:
     """Microseconds a call on a tiny input: the public function, the backend, stock."""
+    case = tiny_case(op)
     entry: dict[str, float | str] = {"op": op.name, "case": case.name}
-    plain = Subject(op, case, settings.device, "forward")
-    grad = Subject(op, case, settings.device, "forward+backward")
-    direct = op.select(plain.args).forward
-    tracked = grad.args
-    ours, ours_grad = bound(op, plain.args), bound(op, tracked)
-    theirs = stock(op)
+    plain = Inputs(op, case, device, "forward")
+    direct, theirs = op.select(plain.args).forward, stock(op)
     calls = {
-        "no grad": ours,
+        "no grad": bound(op, plain.args),
         "no grad, backend direct": lambda: direct(*plain.args),
         "no grad, eager": lambda: theirs(*plain.args),
-        "grad": ours_grad,
-        "grad, eager": lambda: theirs(*tracked),
         "empty": lambda: None,
     }
+    if op.gradients:
+        tracked = Inputs(op, case, device, "forward+backward").args
+        calls["grad"] = bound(op, tracked)
+        calls["grad, eager"] = lambda: theirs(*tracked)
     found = interleave(
         {name: _constant(call) for name, call in calls.items()},
         device="cpu",  # the host's clock on a GPU, too: this is about what a call costs the host
-        budget=settings.budget,
+        budget=seconds,
         threads=threads,
     )
-    if torch.device(settings.device).type == "cuda":
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
     nothing = found.seconds("empty")
     for name in found.samples:

@@ -1,0 +1,96 @@
+"""silu, gelu, relu2, and the gated products swiglu and geglu: fused forward and backward."""
+
+from typing import Any
+
+from torch import Tensor
+
+from fastllm.core.backend import Backend
+from fastllm.core.dispatch import register
+from fastllm.core.op import Op
+from fastllm.ops.activation import cpu, reference, spec, stock, triton
+from fastllm.ops.activation.cases import cases
+
+
+def _inputs(args: tuple, outputs: Any) -> tuple:
+    return args
+
+
+def _register(name: str) -> Op:
+    gated = name in spec.GATED
+    plain, backward = getattr(reference, name), getattr(reference, f"{name}_backward")
+    tensors = (0, 1) if gated else (0,)
+    op = Op(
+        name=name,
+        family="activation",
+        schema=spec.schema(name),
+        tensors=tensors,
+        saved=_inputs,
+        saved_tensors=tensors,
+        gradients={i: i for i in tensors},
+        check=spec.check_gated if gated else spec.check_unary,
+        fake=spec.fake_gated if gated else spec.fake_unary,
+        fake_backward=spec.fake_gated_backward if gated else spec.fake_unary_backward,
+        reference=plain,
+        reference_backward=backward,
+        implementations=[
+            cpu.BACKENDS[name],
+            triton.BACKENDS[name],
+            stock.BACKENDS[name],
+            Backend("reference", plain, backward),
+        ],
+        cost=spec.cost_gated if gated else spec.cost_unary,
+        cases=cases(name),
+    )
+    return register(op)
+
+
+silu_op, gelu_op, relu2_op = map(_register, spec.UNARY)
+swiglu_op, geglu_op = map(_register, spec.GATED)
+
+
+def silu(input: Tensor, *, backend: str | None = None) -> Tensor:
+    """x sigmoid(x), as torch.nn.functional.silu (Elfwing et al. 2017), in one rounding.
+
+    input    any shape and float dtype; computed in float32 at least
+    backend  forces one of fastllm's backends for this call
+
+    Returns a contiguous tensor of input's shape and dtype. Raises TypeError for what is not a
+    floating point tensor, fastllm.UnsupportedError when `backend` cannot serve the call.
+    """
+    return silu_op(input, backend=backend)
+
+
+def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None) -> Tensor:
+    """x P(X <= x) for a normal X, as torch.nn.functional.gelu (Hendrycks & Gimpel 2016).
+
+    approximate  "none", or "tanh" for 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+
+    The rest as for `silu`; ValueError for another `approximate`.
+    """
+    return gelu_op(input, approximate, backend=backend)
+
+
+def relu2(input: Tensor, *, backend: str | None = None) -> Tensor:
+    """max(x, 0)^2, the squared ReLU (So et al. 2021); the rest as for `silu`."""
+    return relu2_op(input, backend=backend)
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
+    """silu(gate) * up (Shazeer 2020) in one pass; backward computes silu again from gate.
+
+    gate, up  of one shape, any float dtype; computed in float32 at least, rounded once. Halves of a
+              fused projection (`projection.chunk(2, -1)`) are read where they are.
+    backend   forces one of fastllm's backends for this call
+
+    Returns a contiguous tensor of their shape, in the dtype of `gate * up`. Raises TypeError or
+    ValueError for arguments that do not fit, fastllm.UnsupportedError when `backend` cannot serve
+    the call.
+    """
+    return swiglu_op(gate, up, backend=backend)
+
+
+def geglu(
+    gate: Tensor, up: Tensor, approximate: str = "none", *, backend: str | None = None
+) -> Tensor:
+    """gelu(gate, approximate) * up (Shazeer 2020) in one pass; the rest as for `swiglu`."""
+    return geglu_op(gate, up, approximate, backend=backend)

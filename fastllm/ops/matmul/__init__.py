@@ -1,0 +1,212 @@
+"""linear with fused epilogues, the gated pair, matmul: forward and backward."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllm.core.backend import Backend
+from fastllm.core.dispatch import register
+from fastllm.core.op import Op
+from fastllm.ops.matmul import cpu, reference, spec, stock, triton
+from fastllm.ops.matmul.cases import cases
+from fastllm.ops.matmul.packed import prepack as prepack
+from fastllm.ops.matmul.packed import unpack as unpack
+
+TABLES = (cpu.BACKENDS, cpu.ONEDNN, triton.BACKENDS, stock.BACKENDS)
+
+
+def _implementations(name: str) -> list[Backend]:
+    found = [table[name] for table in TABLES if name in table]
+    plain, backward = getattr(reference, name), getattr(reference, f"{name}_backward")
+    return [*found, Backend("reference", plain, backward)]
+
+
+class ProductOp(Op):
+    """An op made of products: unforced on a CPU, each of them runs on the library chosen for it."""
+
+    def default(self, args: tuple) -> Backend:
+        """The choice by product where it can serve, else the first that can."""
+        auto = cpu.AUTO[self.name]
+        return auto if auto.supports(*args) is None else super().default(args)
+
+
+def _register(name: str, **facts: Any) -> Op:
+    """The op `name`: what its name settles, and the facts that are its own."""
+    op = ProductOp(
+        name=name,
+        family="matmul",
+        schema=spec.SCHEMAS[name],
+        reference=getattr(reference, name),
+        reference_backward=getattr(reference, f"{name}_backward"),
+        implementations=_implementations(name),
+        cases=cases(name),
+        autocast_composite=("cpu", "cuda"),
+        **facts,
+    )
+    return register(op)
+
+
+def _linear_saved(args: tuple, outputs: Any) -> tuple:
+    input, weight, bias, _, activation = args
+    return input, weight, bias, activation
+
+
+def _linear_pre_saved(args: tuple, outputs: tuple) -> tuple:
+    input, weight, bias, _, activation = args
+    return input, weight, bias, outputs[1], activation
+
+
+def _linear_again(saved: tuple) -> tuple:
+    """Forward arguments again: a residual does not change what serves."""
+    return (*saved[:3], None, saved[-1])
+
+
+def _inputs(args: tuple, outputs: Any) -> tuple:
+    return args
+
+
+def _gated_pre_saved(args: tuple, outputs: tuple) -> tuple:
+    return (*args[:3], *outputs[1:], args[3])
+
+
+def _gated_again(saved: tuple) -> tuple:
+    return (*saved[:3], saved[-1])
+
+
+linear_op = _register(
+    "linear",
+    tensors=(0, 1, 2, 3),
+    saved=_linear_saved,
+    saved_tensors=(0, 1, 2),
+    gradients={0: 0, 1: 1, 2: 2, 3: 3},
+    forward_args=_linear_again,
+    check=spec.check_linear,
+    fake=spec.fake_linear,
+    fake_backward=spec.fake_linear_backward,
+    cost=spec.cost_linear,
+)
+linear_pre_op = _register(
+    "linear_pre",
+    tensors=(0, 1, 2, 3),
+    saved=_linear_pre_saved,
+    saved_tensors=(3, 0, 1, 2),  # first what has the output's shape
+    gradients={0: 0, 1: 1, 2: 2, 3: 3},
+    outputs=2,
+    forward_args=_linear_again,
+    check=spec.check_linear,
+    fake=spec.fake_linear_pre,
+    fake_backward=spec.fake_linear_backward,
+    cost=spec.cost_linear,
+)
+gated_linear_op = _register(
+    "gated_linear",
+    tensors=(0, 1, 2),
+    saved=_inputs,
+    saved_tensors=(0, 1, 2),
+    gradients={0: 0, 1: 1, 2: 2},
+    check=spec.check_gated,
+    fake=spec.fake_linear,
+    fake_backward=spec.fake_gated_backward,
+    cost=spec.cost_gated,
+)
+gated_linear_pre_op = _register(
+    "gated_linear_pre",
+    tensors=(0, 1, 2),
+    saved=_gated_pre_saved,
+    saved_tensors=(3, 4, 0, 1, 2),
+    gradients={0: 0, 1: 1, 2: 2},
+    outputs=3,
+    forward_args=_gated_again,
+    check=spec.check_gated,
+    fake=spec.fake_gated_pre,
+    fake_backward=spec.fake_gated_backward,
+    cost=spec.cost_gated,
+)
+matmul_op = _register(
+    "matmul",
+    tensors=(0, 1),
+    saved=_inputs,
+    saved_tensors=(0, 1),
+    gradients={0: 0, 1: 1},
+    check=spec.check_matmul,
+    fake=spec.fake_matmul,
+    fake_backward=spec.fake_matmul_backward,
+    cost=spec.cost_matmul,
+)
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """act(input weight^T + bias) + residual in one pass, as torch.nn.functional.linear.
+
+    input       [*, K], any float dtype; computed in float32 (float64 in float64), rounded once
+    weight      [N, K], of input's dtype
+    bias        [N] or None
+    activation  None, "gelu", "gelu_tanh", "silu", "relu" or "relu2" (its square)
+    residual    [*, N] or None, added last
+    backend     forces one of fastllm's backends for this call, forward and backward
+
+    Returns [*, N]. Raises ValueError or TypeError for arguments that do not fit,
+    fastllm.UnsupportedError when `backend` cannot serve the call.
+    """
+    input, weight, bias, residual = _autocast(input, weight, bias, residual)
+    op = linear_op
+    if activation is not None and _differentiated(input, weight, bias):
+        op = linear_pre_op
+    out = op(input, weight, bias, residual, activation, backend=backend)
+    return out if op is linear_op else out[0]
+
+
+def gated_linear(
+    input: Tensor,
+    weight_gate: Tensor,
+    weight_up: Tensor,
+    *,
+    activation: str = "silu",
+    backend: str | None = None,
+) -> Tensor:
+    """act(input weight_gate^T) * (input weight_up^T): SwiGLU with "silu" (Shazeer 2020).
+
+    input [*, K], both weights [N, K]; activations, result [*, N] and errors as for `linear`.
+    """
+    input, weight_gate, weight_up = _autocast(input, weight_gate, weight_up)
+    if _differentiated(input, weight_gate, weight_up):
+        return gated_linear_pre_op(input, weight_gate, weight_up, activation, backend=backend)[0]
+    return gated_linear_op(input, weight_gate, weight_up, activation, backend=backend)
+
+
+def matmul(input: Tensor, other: Tensor, *, backend: str | None = None) -> Tensor:
+    """The matrix product with torch.matmul's semantics: vectors, matrices, broadcast batches.
+
+    Both of one floating dtype; summed in float32, rounded once. Errors as for `linear`.
+    """
+    input, other = _autocast(input, other)
+    return matmul_op(input, other, backend=backend)
+
+
+def _differentiated(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(
+        t is not None and isinstance(t, Tensor) and t.requires_grad for t in tensors
+    )
+
+
+def _autocast(*tensors: Any) -> tuple:
+    """What autocast makes of the arguments of torch's own linear."""
+    if not torch._C._is_any_autocast_enabled() or not isinstance(tensors[0], Tensor):
+        return tensors
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in tensors)
+
+
+_CAST = frozenset((torch.float32, torch.float16, torch.bfloat16))

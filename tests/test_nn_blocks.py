@@ -1,0 +1,125 @@
+"""Modules of a transformer block: torch's answers, Hugging Face's keys, hooks that are heard."""
+
+import pytest
+import torch
+from torch.nn import functional as stock
+
+import fastllm.functional
+from fastllm import nn as fast
+from fastllm.core.proof import compare
+from fastllm.nn import linear
+from fastllm.nn.activation import ACTIVATIONS
+
+ACTS = {
+    "gelu": stock.gelu,
+    "gelu_tanh": lambda x: stock.gelu(x, approximate="tanh"),
+    "silu": stock.silu,
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x).square(),
+}
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    monkeypatch.setattr(linear, "SMALL", 0)
+
+
+def plain(module, x):
+    """A block's formula with torch alone."""
+    act = ACTS[module.activation]
+    up = stock.linear(x, module.up_proj.weight, module.up_proj.bias)
+    if isinstance(module, fast.GatedMLP):
+        up = act(stock.linear(x, module.gate_proj.weight, module.gate_proj.bias)) * up
+    else:
+        up = act(up)
+    return stock.linear(up, module.down_proj.weight, module.down_proj.bias)
+
+
+def results(forward, module, x):
+    x = x.clone().requires_grad_()
+    y = forward(x)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], upstream)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("kind", "bias"), [("gated", False), ("gated", True), ("plain", True)])
+def test_blocks_against_their_formula(kind, activation, bias, dtype):
+    if kind == "gated":
+        module = fast.GatedMLP(24, 40, activation, bias, dtype=dtype)
+    else:
+        module = fast.MLP(24, 40, 16, activation, bias, dtype=dtype)
+    x = torch.randn(3, 17, 24).to(dtype)
+    mine = results(module, module, x)
+    theirs = results(lambda x: plain(module, x), module, x)
+    module.double()
+    exact = results(lambda x: plain(module, x), module, x.double())
+    for each in zip(mine, theirs, exact, strict=True):
+        proof = compare("result", *each)
+        assert proof.ok, proof.message
+
+
+def test_keys_are_those_of_llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(hidden_size=24, intermediate_size=40, num_attention_heads=4)
+    llama = transformers.models.llama.modeling_llama.LlamaMLP(config)
+    ours = fast.GatedMLP(24, 40)
+    ours.load_state_dict(llama.state_dict())
+    x = torch.randn(5, 24)
+    assert torch.allclose(ours(x), llama(x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [fast.GatedMLP, fast.MLP])
+def test_unknown_activation(make):
+    with pytest.raises(ValueError, match=r"activation: expected one of gelu, .* found 'tanh'"):
+        make(8, 8, activation="tanh")
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+def test_hooks_are_heard(name):
+    module, x = fast.GatedMLP(8, 16), torch.randn(3, 8)
+    before = module(x)
+    heard = []
+    hook = getattr(module, name).register_forward_hook(lambda *a: heard.append(1))
+    assert torch.allclose(module(x), before, rtol=1e-5, atol=1e-6) and heard == [1]
+    hook.remove()
+    module(x)
+    assert heard == [1]
+
+
+def test_replaced_projection_is_called():
+    class Double(fast.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    module, x = fast.MLP(8, 16, activation="relu"), torch.randn(3, 8)
+    twice = Double(8, 16)
+    twice.load_state_dict(module.up_proj.state_dict())
+    bias, before = module.down_proj.bias, module(x)
+    module.up_proj = twice
+    assert torch.allclose(module(x), 2 * before - bias, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: fast.GatedMLP(8, 16), lambda: fast.MLP(8, 16)])
+def test_compile_and_autocast(make):
+    torch._dynamo.reset()
+    module, x = make(), torch.randn(3, 8)
+    stock = results(module, module, x)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for a, b in zip(results(compiled, module, x), stock, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(y.float(), stock[0], rtol=0.05, atol=0.05)
+    torch._dynamo.reset()
+
+
+def test_small_products_run_in_torch(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(fastllm.functional, "linear", None)
+    module, x = fast.Linear(64, 64), torch.randn(1, 64)
+    assert torch.equal(module(x), stock.linear(x, module.weight, module.bias))
+    with pytest.raises(TypeError):
+        module(torch.randn(1 << 10, 64))
