@@ -56,15 +56,14 @@ def test_codes_are_unbiased_and_close(kept, place):
     x = x if code.signed else x.square()
     draws = 400
     total = torch.zeros(256, dtype=torch.float64)
-    squares = torch.zeros(256, dtype=torch.float64)
     for key in range(1, draws + 1):
         codes, scales = states.encode(x, code, states.mixed(key))
-        value = states.decode(codes, scales, code).double()
-        total += value
-        squares += value * value
+        total += states.decode(codes, scales, code)
     mean = total / draws
-    sigma = ((squares / draws - mean * mean).clamp(min=0) / draws).sqrt()
     scale = scales.repeat_interleave(states.BLOCK)
+    low = code.low(x.abs() / scale * code.unit)
+    gap = (code.value(low + 1) - code.value(low)).nan_to_num(0) * scale / code.unit
+    sigma = gap / 2 / draws**0.5
     # the lowest code of a second moment is kept above zero
     free = x > scale * 1e-5 if not code.signed else torch.ones(256, dtype=torch.bool)
     off = (mean - x).abs() - 4.5 * sigma - 2e-5 * x.abs() - 1e-9
