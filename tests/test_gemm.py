@@ -101,9 +101,9 @@ def test_epilogues_round_once(level, dtype):
         exact = x.double() @ w.double().t() + b.double()
         exact = activate(exact, activation) + r.double()
         found = products.cpu(x, w, b, activation, r).double()
-        unit = torch.finfo(dtype).eps * exact.abs().clamp(min=1)
-        slack = 1e-5 if dtype != torch.float32 else 2e-5
-        assert ((found - exact).abs() <= 0.51 * unit + slack).all(), (m, activation)
+        size = exact.abs().clamp(min=1)
+        allowed = (0.51 * torch.finfo(dtype).eps + 1e-5) * size
+        assert ((found - exact).abs() <= allowed).all(), (m, activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -175,7 +175,7 @@ def test_a_stale_pack_is_made_again():
     with torch.no_grad():
         w.mul_(3)
     assert right()
-    layer.load_state_dict({"weight": torch.randn(48, 64)})
+    layer.load_state_dict({"weight": torch.randn(48, 64) / 16})
     assert right()
     layer.to(torch.bfloat16)
     assert right()
@@ -213,7 +213,8 @@ def test_products_of_all_three_libraries_agree():
     x, w, b = torch.randn(64, 96), torch.randn(80, 96), torch.randn(80)
     for activation in (None, *ACTIVATIONS):
         ours = linear(x, w, b, activation=activation, backend="cpu")
-        torch.testing.assert_close(ours, linear(x, w, b, activation=activation, backend="torch"))
+        stock = linear(x, w, b, activation=activation, backend="torch")
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
         if products.onednn_missing(torch.float32) is None:
             other = linear(x, w, b, activation=activation, backend="onednn")
             torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)

@@ -157,7 +157,15 @@ def linear(
     Returns [*, N]. Raises ValueError or TypeError for arguments that do not fit,
     fastllm.UnsupportedError when `backend` cannot serve the call.
     """
-    input, weight, bias, residual = _autocast(input, weight, bias, residual)
+    kind = _autocasting(input)
+    if kind is not None:
+        with torch.autocast(kind, enabled=False):
+            return linear(
+                *_cast(kind, input, weight, bias),
+                activation=activation,
+                residual=_cast(kind, residual)[0],
+                backend=backend,
+            )
     op = linear_op
     if activation is not None and _differentiated(input, weight, bias):
         op = linear_pre_op
@@ -177,7 +185,11 @@ def gated_linear(
 
     input [*, K], both weights [N, K]; activations, result [*, N] and errors as for `linear`.
     """
-    input, weight_gate, weight_up = _autocast(input, weight_gate, weight_up)
+    kind = _autocasting(input)
+    if kind is not None:
+        with torch.autocast(kind, enabled=False):
+            args = _cast(kind, input, weight_gate, weight_up)
+            return gated_linear(*args, activation=activation, backend=backend)
     if _differentiated(input, weight_gate, weight_up):
         return gated_linear_pre_op(input, weight_gate, weight_up, activation, backend=backend)[0]
     return gated_linear_op(input, weight_gate, weight_up, activation, backend=backend)
@@ -188,7 +200,10 @@ def matmul(input: Tensor, other: Tensor, *, backend: str | None = None) -> Tenso
 
     Both of one floating dtype; summed in float32, rounded once. Errors as for `linear`.
     """
-    input, other = _autocast(input, other)
+    kind = _autocasting(input)
+    if kind is not None:
+        with torch.autocast(kind, enabled=False):
+            return matmul(*_cast(kind, input, other), backend=backend)
     return matmul_op(input, other, backend=backend)
 
 
@@ -198,15 +213,21 @@ def _differentiated(*tensors: Any) -> bool:
     )
 
 
-def _autocast(*tensors: Any) -> tuple:
+def _autocasting(input: Any) -> str | None:
+    """The device type for which autocast is on, if input is there."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None
+    kind = input.device.type if isinstance(input, Tensor) else None
+    on = kind in ("cpu", "cuda", "xpu") and torch.is_autocast_enabled(kind)
+    return kind if on else None
+
+
+def _cast(kind: str, *tensors: Any) -> tuple:
     """What autocast makes of the arguments of torch's own linear."""
-    if not torch._C._is_any_autocast_enabled() or not isinstance(tensors[0], Tensor):
-        return tensors
-    kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST else t for t in tensors)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.dtype in _LOWERED else t for t in tensors
+    )
 
 
-_CAST = frozenset((torch.float32, torch.float16, torch.bfloat16))
+_LOWERED = frozenset((torch.float32, torch.float16, torch.bfloat16))
