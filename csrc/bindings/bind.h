@@ -71,5 +71,7 @@ T* at(ptr p) {
 void bind_gemm(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_activation(py::module_& m);
+void bind_loss(py::module_& m);
+void bind_softmax(py::module_& m);
 
 }  // namespace fastllm::bindings
