@@ -72,5 +72,7 @@ void bind_gemm(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_activation(py::module_& m);
 void bind_optim(py::module_& m);
+void bind_loss(py::module_& m);
+void bind_softmax(py::module_& m);
 
 }  // namespace fastllm::bindings

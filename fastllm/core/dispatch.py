@@ -43,7 +43,12 @@ def _forward(op: Op) -> Any:
     def run(*args: Any) -> Any:
         *resolved, backend = map(_tuple, args)
         op.check(*resolved)
-        out = op.select(tuple(resolved), backend).forward(*resolved)
+        chosen = op.select(tuple(resolved), backend)
+        if op.hidden and chosen.backward is None:  # it makes no hidden results
+            chosen = op.backends["reference"]
+        out = chosen.forward(*resolved)
+        if op.hidden:  # more than the schema has is for eager calls
+            out = out[: op.outputs + op.hidden]
         return _own(out)
 
     return run
@@ -95,6 +100,8 @@ def _fake_backward(op: Op) -> Any:
 def _register_autograd(op: Op, name: str) -> None:
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         saved = op.saved(inputs[:-1], output)
+        if op.hidden:
+            ctx.mark_non_differentiable(*output[op.outputs :])
         ctx.save_for_backward(*[saved[i] for i in op.saved_tensors])
         ctx.rest = [None if i in op.saved_tensors else value for i, value in enumerate(saved)]
         ctx.backend = inputs[-1]
@@ -106,7 +113,7 @@ def _register_autograd(op: Op, name: str) -> None:
             saved[i] = tensor
         wanted = ctx.needs_input_grad[:-1]
         needs = op.needs(wanted)
-        upstream = op.first_grad(grads, saved)
+        upstream = op.first_grad(grads[: op.outputs], saved)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             results = op.reference_backward(*upstream, *saved, needs)
         else:

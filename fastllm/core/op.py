@@ -60,6 +60,8 @@ class Op:
     autocast_composite device types on which autocast gets plain torch code instead
     mutates            positions of tensors that forward writes in place
     key                key(*args): a call's word in the tuner's table; None: made of all arguments
+    hidden             results after the `outputs` that only backward reads (a log-sum-exp, say);
+                       callers never see them, composite backends do not make them
     """
 
     name: str
@@ -83,6 +85,7 @@ class Op:
     mutates: tuple[int, ...] = ()
     outputs: int = 1
     key: Callable[..., str] | None = None
+    hidden: int = 0
 
     def __post_init__(self) -> None:
         found = {b.name: b for b in self.implementations}
@@ -142,7 +145,7 @@ class Op:
         out = run.forward(*args)
         if self.mutates:
             self.bump(args)
-        return out
+        return self.visible(out) if self.hidden else out
 
     def dispatch(self, args: tuple, backend: str | None) -> Any:
         """The call through torch's dispatcher: compile, subclasses, modes and autocast see it."""
@@ -154,7 +157,8 @@ class Op:
         for device in self.autocast_composite:
             if torch.is_autocast_enabled(device) and args[0].device.type == device:
                 return self.composite(args, name)
-        return self.packet(*args, name)
+        out = self.packet(*args, name)
+        return self.visible(out) if self.hidden else out
 
     def composite(self, args: tuple, backend: str | None) -> Any:
         """The call as plain torch code, which functorch and forward-mode AD can transform."""
@@ -163,11 +167,16 @@ class Op:
         for run in self.backends.values():
             allowed = run.name in ("torch", "reference") and name in (None, run.name)
             if allowed and run.supports(*args) is None:
-                return run.forward(*args)
+                out = run.forward(*args)
+                return self.visible(out) if self.hidden and run.backward is not None else out
         raise UnsupportedError(
             f"fastllm.{self.name}: backend {name or 'auto'!r} cannot run under a functorch "
             "transform, forward-mode AD or a tensor subclass; torch and reference can"
         )
+
+    def visible(self, results: tuple) -> Any:
+        """What the caller gets of all results."""
+        return results[0] if self.outputs == 1 else results[: self.outputs]
 
     def require_tensor(self, position: int, value: Any) -> None:
         """TypeError that names the argument, unless it is a tensor or a subclass of it."""
@@ -270,6 +279,7 @@ def _differentiable(op: Op) -> Callable[..., Any]:
     others = tuple(i for i in range(count) if i not in tensors)
     pick_tensors, pick_others = _picker(tensors), _picker(others)
     several, mutates, saved_of = op.outputs > 1, op.mutates, op.saved
+    hidden, visible = op.hidden, op.visible
 
     class Call(torch.autograd.Function):
         @staticmethod
@@ -284,7 +294,7 @@ def _differentiable(op: Op) -> Callable[..., Any]:
                 ctx.set_materialize_grads(False)
             if mutates:
                 ctx.mark_dirty(*[args[i] for i in mutates])
-            return out
+            return visible(out) if hidden else out
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:

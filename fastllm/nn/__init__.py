@@ -17,4 +17,14 @@ __all__ = [
     "Linear",
     "RMSNorm",
     "SiLU",
+from fastllm.nn.loss import CrossEntropyLoss, DistillationLoss, LinearCrossEntropyLoss
+from fastllm.nn.norm import GroupNorm, LayerNorm, RMSNorm
+
+__all__ = [
+    "CrossEntropyLoss",
+    "DistillationLoss",
+    "GroupNorm",
+    "LayerNorm",
+    "LinearCrossEntropyLoss",
+    "RMSNorm",
 ]

@@ -1,0 +1,293 @@
+// Cross entropy over rows of logits: one read forward, one read and one write backward.
+#include "cpu/kernels/rows.inl"
+
+// Calls f with the function that makes logits of inputs.
+template <class F>
+INLINE void with_logits(const Logits& l, const F& f) {
+  if (l.softcap != 0.0f)
+    f(Capped{l.scale, l.softcap});
+  else if (l.scale != 1.0f)
+    f(Scaled{l.scale});
+  else
+    f(Same{});
+}
+
+INLINE bool ignored(const CrossEntropy& a, i64 row) {
+  return a.target && a.target[row] == a.ignore_index;
+}
+INLINE double class_weight(const CrossEntropy& a, i64 c) { return a.weight ? a.weight[c] : 1.0; }
+
+// What a mean divides by: the weights of the targets, or the rows where targets are probabilities.
+INLINE double mean_divisor(const CrossEntropy& a) {
+  if (a.reduction != kMean) return 1.0;
+  if (!a.target) return double(a.rows);
+  double sum = 0;
+  for (i64 row = 0; row < a.rows; ++row)
+    if (!ignored(a, row)) sum += class_weight(a, a.target[row]);
+  return sum;
+}
+
+INLINE double weight_sum(const CrossEntropy& a) {
+  if (!a.weight) return double(a.cols);
+  double sum = 0;
+  for (i64 i = 0; i < a.cols; ++i) sum += a.weight[i];
+  return sum;
+}
+
+// The targets of a row as soft targets: weight * ((1 - smoothing) * p + smoothing / C). Index
+// targets bring only the second term.
+template <class T>
+struct Soft {
+  const T* probs;  // null: none
+  const float* weight;
+  float keep_share, spread;
+  template <class L>
+  INLINE_MEMBER Vec get_at(i64 i, L lanes) const {
+    Vec v = set1(spread);
+    if (probs) v = fma(get(probs + i, lanes), set1(keep_share), v);
+    return weight ? v * get(weight + i, lanes) : v;
+  }
+};
+
+template <class T>
+INLINE Soft<T> soft_targets(const CrossEntropy& a, i64 row) {
+  return {a.probs ? static_cast<const T*>(a.probs) + row * a.cols : nullptr, a.weight,
+          1.0f - a.smoothing, float(a.smoothing / double(a.cols))};
+}
+
+struct SoftSums {
+  double dot, weight;  // of soft target * log-probability, and of the soft targets
+};
+
+template <class T, class F>
+APART SoftSums soft_sums(const T* x, i64 n, const Soft<T>& soft, const F& logit, double lse) {
+  const Split split(lse);
+  SoftSums sums = {0, 0};
+  for (i64 at = 0; at < n; at += kSpan) {
+    Vec dot[4] = {zero(), zero(), zero(), zero()}, weight[4] = {zero(), zero(), zero(), zero()};
+    sweep(least(kSpan, n - at), [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+      const Vec v = only(soft.get_at(at + i, lanes), lanes);
+      dot[k] = fma(v, only(split.from(logit(get(x + at + i, lanes))), lanes), dot[k]);
+      weight[k] = weight[k] + v;
+    });
+    sums.dot += total(dot);
+    sums.weight += total(weight);
+  }
+  return sums;
+}
+
+template <class T, class F>
+APART double row_loss(const CrossEntropy& a, i64 row, const F& logit, double* lse_out) {
+  const T* x = static_cast<const T*>(a.input) + row * a.cols;
+  const Online state = log_sum_exp(x, a.cols, logit);
+  const double lse = *lse_out = state.result();
+  if (ignored(a, row)) return 0.0;
+  double loss = double(a.z_loss) * lse * lse;
+  if (!a.z_loss) loss = 0.0;  // 0 * inf is NaN
+  if (a.target) {
+    const i64 t = a.target[row];
+    loss += (1.0 - a.smoothing) * class_weight(a, t) * (lse - logit.at(element(x + t)));
+  }
+  if (!a.target || a.smoothing)
+    loss -= soft_sums(x, a.cols, soft_targets<T>(a, row), logit, lse).dot;
+  return loss;
+}
+
+// gradient = slope * (share * p - soft target), with p = e^(logit - lse).
+template <bool Stream, class T, class F>
+APART void row_gradient(const T* x, T* dx, i64 n, const Soft<T>& soft, bool has_soft, float g,
+                        float factor, const F& logit, double lse) {
+  const Split split(lse);
+  sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+    const Vec raw = get(x + i, lanes), p = exp_down(split.from(logit(raw)));
+    Vec out = p * set1(factor);
+    if (has_soft) out = out - soft.get_at(i, lanes) * set1(g);
+    if (!std::is_same<F, Same>::value) out = out * logit.slope(raw);
+    put<Stream>(dx + i, out, lanes);
+  });
+}
+
+template <class T>
+INLINE void clear_row(T* dx, i64 n) {
+  sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA { put<false>(dx + i, zero(), lanes); });
+}
+
+struct RowShares {
+  double g, weight_sum;  // the upstream gradient over the divisor; the sum of class weights
+};
+
+template <bool Stream, class T, class F>
+APART void row_backward(const CrossEntropyBackward& b, i64 row, RowShares r, const F& logit) {
+  const CrossEntropy& a = b.of;
+  const i64 n = a.cols;
+  const T* x = static_cast<const T*>(a.input) + row * n;
+  T* dx = static_cast<T*>(b.grad_input) + row * n;
+  if (ignored(a, row)) return clear_row(dx, n);
+  const double lse = b.lse[row];
+  const Soft<T> soft = soft_targets<T>(a, row);
+  double mass, hard = 0;
+  if (a.target) {
+    hard = (1.0 - a.smoothing) * class_weight(a, a.target[row]);
+    mass = hard + a.smoothing / double(n) * r.weight_sum;
+  } else {
+    mass = soft_sums(x, n, soft, logit, lse).weight;
+  }
+  const double z = a.z_loss ? 2.0 * a.z_loss * lse : 0.0;
+  // before the row is written: dx may be x
+  const i64 t = a.target ? a.target[row] : 0;
+  const double raw = element(x + t), log_p = logit.at(raw) - lse;
+  row_gradient<Stream>(x, dx, n, soft, !a.target || a.smoothing != 0.0f, float(r.g),
+                       float(r.g * (mass + z)), logit, lse);
+  if (!a.target) return;
+  // The true class again, without the cancellation of p - 1 as p -> 1.
+  const double own = hard + a.smoothing / double(n) * class_weight(a, t);
+  const double d = mass * __builtin_expm1(log_p) + (mass - own) + z * __builtin_exp(log_p);
+  set_element(dx + t, r.g * d * logit.slope_at(raw));
+}
+
+// Rows up to this length keep their exponentials in the second-level cache.
+constexpr i64 kKept = 128 << 10;
+
+// Log-sum-exp that keeps e^(x - bases[block]) of every element.
+template <class T>
+APART Online online_kept(const T* x, i64 n, float* kept, float* bases) {
+  Online state;
+  for (i64 at = 0; at < n; at += kSpan) {
+    const i64 size = least(kSpan, n - at);
+    Vec top[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
+    sweep(size, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+      top[k] = larger(top[k], or_else(get(x + at + i, lanes), lanes, -kInf));
+    });
+    state.raise(largest(larger(larger(top[0], top[1]), larger(top[2], top[3]))));
+    const Vec base = set1(bases[at / kSpan] = state.base());
+    Vec acc[4] = {zero(), zero(), zero(), zero()};
+    sweep(size, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+      const Vec e = only(exp_down(get(x + at + i, lanes) - base), lanes);
+      put<false>(kept + at + i, e, lanes);
+      acc[k] = acc[k] + e;
+    });
+    state.sum += total(acc);
+  }
+  return state;
+}
+
+// Loss and gradient of a row of plain logits with an index target: one exponential an element.
+template <bool Stream, class T>
+APART double row_both(const CrossEntropyForward& f, i64 row, RowShares r, float* kept) {
+  const CrossEntropy& a = f.of;
+  const i64 n = a.cols, t = a.target[row];
+  const T* x = static_cast<const T*>(a.input) + row * n;
+  T* dx = static_cast<T*>(f.grad_input) + row * n;
+  float bases[kKept / kSpan];
+  const Online state = online_kept(x, n, kept, bases);
+  const double lse = f.lse[row] = state.result();
+  const double hard = (1.0 - a.smoothing) * class_weight(a, t), spread = a.smoothing / double(n);
+  const double mass = hard + spread * r.weight_sum;
+  const double z = a.z_loss ? 2.0 * a.z_loss * lse : 0.0, log_p = element(x + t) - lse;
+  const Soft<T> soft = soft_targets<T>(a, row);
+  const Vec g = set1(float(r.g));
+  for (i64 at = 0; at < n; at += kSpan) {
+    const float shift = exp_one(bases[at / kSpan] - state.base());
+    const Vec factor = set1(float(r.g * (mass + z) * shift / state.sum));
+    sweep(least(kSpan, n - at), [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+      Vec out = get(kept + at + i, lanes) * factor;
+      if (a.smoothing != 0.0f) out = out - soft.get_at(at + i, lanes) * g;
+      put<Stream>(dx + at + i, out, lanes);
+    });
+  }
+  const double own = hard + spread * class_weight(a, t);
+  set_element(dx + t, r.g * (mass * __builtin_expm1(log_p) + (mass - own) +
+                             z * __builtin_exp(log_p)));
+  double loss = -hard * log_p + (a.z_loss ? double(a.z_loss) * lse * lse : 0.0);
+  if (a.smoothing != 0.0f) loss -= soft_sums(x, n, soft, Same{}, lse).dot;
+  return loss;
+}
+
+// Loss and, where wanted, gradient of a row.
+template <bool Stream, class T, class F>
+INLINE double row_forward(const CrossEntropyForward& f, i64 row, RowShares r, const F& logit,
+                          float* kept) {
+  if (!f.grad_input) return row_loss<T>(f.of, row, logit, f.lse + row);
+  if (std::is_same<F, Same>::value && kept && f.of.target && !ignored(f.of, row))
+    return row_both<Stream, T>(f, row, r, kept);
+  const double loss = row_loss<T>(f.of, row, logit, f.lse + row);
+  row_backward<Stream, T>({f.of, f.lse, nullptr, f.grad_input, nullptr}, row, r, logit);
+  return loss;
+}
+
+void cross_entropy_fwd(const CrossEntropyForward& f) {
+  const CrossEntropy& a = f.of;
+  const Scratch scratch(2 * a.rows);
+  double* losses = reinterpret_cast<double*>(scratch.data());
+  const double divisor = mean_divisor(a);
+  const RowShares r = {1.0 / divisor, a.smoothing && f.grad_input ? weight_sum(a) : 0.0};
+  with_type(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const i64 row_bytes = a.cols * i64(sizeof(T)), bytes = a.rows * row_bytes;
+    const bool stream = streams(f.grad_input, row_bytes, a.rows);
+    const int threads = useful_threads(bytes, a.threads);
+    const i64 step = share(a.rows, bytes, threads);
+    with_logits(a.logits, [&](auto logit) {
+      parallel_for(ceil_div(a.rows, step), threads, [&](i64 task) {
+        const bool keep = f.grad_input && a.cols <= kKept;
+        const Scratch kept(keep ? a.cols : 0);
+        float* p = keep ? kept.data() : nullptr;
+        for (i64 row = task * step; row < least(a.rows, (task + 1) * step); ++row)
+          losses[row] = stream ? row_forward<true, T>(f, row, r, logit, p)
+                               : row_forward<false, T>(f, row, r, logit, p);
+        if (stream) stream_fence();
+      });
+    });
+    T* out = static_cast<T*>(f.loss);
+    if (a.reduction == kNone) {
+      for (i64 row = 0; row < a.rows; ++row) set_element(out + row, losses[row]);
+      return;
+    }
+    double sum = 0;
+    for (i64 row = 0; row < a.rows; ++row) sum += losses[row];
+    set_element(out, sum / divisor);
+  });
+}
+
+// The gradient of probability targets: -g * weight * (1 - smoothing) * log p.
+template <class T, class F>
+APART void row_probs_gradient(const CrossEntropyBackward& b, i64 row, double g, const F& logit) {
+  const CrossEntropy& a = b.of;
+  const T* x = static_cast<const T*>(a.input) + row * a.cols;
+  T* out = static_cast<T*>(b.grad_probs) + row * a.cols;
+  const Split split(b.lse[row]);
+  const Vec factor = set1(float(-g * (1.0 - a.smoothing)));
+  sweep(a.cols, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+    Vec v = split.from(logit(get(x + i, lanes))) * factor;
+    if (a.weight) v = v * get(a.weight + i, lanes);
+    put<false>(out + i, v, lanes);
+  });
+}
+
+void cross_entropy_bwd(const CrossEntropyBackward& b) {
+  const CrossEntropy& a = b.of;
+  const double divisor = mean_divisor(a), weights = a.smoothing ? weight_sum(a) : 0.0;
+  with_type(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const i64 row_bytes = a.cols * i64(sizeof(T));
+    const bool stream = b.grad_input != a.input && streams(b.grad_input, row_bytes, a.rows);
+    const int threads = useful_threads(2 * a.rows * row_bytes, a.threads);
+    const i64 step = share(a.rows, a.rows * row_bytes, threads);
+    with_logits(a.logits, [&](auto logit) {
+      parallel_for(ceil_div(a.rows, step), threads, [&](i64 task) {
+        for (i64 row = task * step; row < least(a.rows, (task + 1) * step); ++row) {
+          const double g = b.grad_loss[a.reduction == kNone ? row : 0] / divisor;
+          if (b.grad_probs) row_probs_gradient<T>(b, row, g, logit);
+          if (!b.grad_input) continue;
+          stream ? row_backward<true, T>(b, row, {g, weights}, logit)
+                 : row_backward<false, T>(b, row, {g, weights}, logit);
+        }
+        if (stream) stream_fence();
+      });
+    });
+  });
+}
+
+#include "cpu/kernels/distill.inl"
+
+constexpr Kernels table = {cross_entropy_fwd, cross_entropy_bwd, distill_fwd, distill_bwd};

@@ -1,0 +1,138 @@
+// softmax and log_softmax along the last dimension, or along one with others behind it.
+#include "cpu/kernels/rows.inl"
+
+template <bool Log, bool Stream, class T>
+APART void softmax_row(const T* x, T* y, i64 n) {
+  const Online state = log_sum_exp(x, n, Same{});
+  const Split split(state.result());
+  const Vec base = set1(state.base()), scale = set1(float(1.0 / state.sum));
+  sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+    const Vec v = get(x + i, lanes);
+    put<Stream>(y + i, Log ? split.from(v) : exp_down(v - base) * scale, lanes);
+  });
+}
+
+// softmax: y (dy - sum(dy y)); log_softmax: dy - e^y sum(dy).
+template <bool Log, class T>
+INLINE Vec softmax_term(Vec dy, Vec y) {
+  return Log ? dy : dy * y;
+}
+template <bool Log>
+INLINE Vec softmax_gradient(Vec dy, Vec y, Vec sum) {
+  return Log ? dy - exp_down(y) * sum : y * (dy - sum);
+}
+
+template <bool Log, bool Stream, class T>
+APART void softmax_row_backward(const T* dy, const T* y, T* dx, i64 n) {
+  double sum = 0;
+  for (i64 at = 0; at < n; at += kSpan) {
+    Vec acc[4] = {zero(), zero(), zero(), zero()};
+    sweep(least(kSpan, n - at), [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+      acc[k] = acc[k] + softmax_term<Log, T>(get(dy + at + i, lanes), get(y + at + i, lanes));
+    });
+    sum += total(acc);
+  }
+  const Vec all = set1(float(sum));
+  sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+    put<Stream>(dx + i, softmax_gradient<Log>(get(dy + i, lanes), get(y + i, lanes), all), lanes);
+  });
+}
+
+// A vector of neighbouring columns, n steps of `inner` elements down.
+template <bool Log, class T, class L>
+INLINE void softmax_column(const T* x, T* y, i64 n, i64 inner, L lanes) {
+  Vec top = set1(-kInf), sum = zero();
+  for (i64 i = 0; i < n; ++i) top = larger(top, get(x + i * inner, lanes));
+  top = choose((Ints)(top.v == set1(-kInf).v), zero(), top);
+  for (i64 i = 0; i < n; ++i) sum = sum + exp_down(get(x + i * inner, lanes) - top);
+  float logs[W];
+  store(logs, sum);
+  if (Log)
+    for (int k = 0; k < W; ++k) logs[k] = __builtin_logf(logs[k]);
+  const Vec log_sum = load(logs), scale = div(set1(1.0f), sum);
+  for (i64 i = 0; i < n; ++i) {
+    const Vec v = get(x + i * inner, lanes) - top;
+    put<false>(y + i * inner, Log ? v - log_sum : exp_down(v) * scale, lanes);
+  }
+}
+
+template <bool Log, class T, class L>
+INLINE void softmax_column_backward(const T* dy, const T* y, T* dx, i64 n, i64 inner, L lanes) {
+  Vec sum = zero();
+  for (i64 i = 0; i < n; ++i)
+    sum = sum + softmax_term<Log, T>(get(dy + i * inner, lanes), get(y + i * inner, lanes));
+  for (i64 i = 0; i < n; ++i)
+    put<false>(dx + i * inner,
+               softmax_gradient<Log>(get(dy + i * inner, lanes), get(y + i * inner, lanes), sum),
+               lanes);
+}
+
+// Calls row(at) or, where others lie behind, column(lanes, at), for all of [outer, n, inner].
+template <class R, class C>
+INLINE void softmax_deal(i64 outer, i64 n, i64 inner, i64 bytes, int threads, bool fence,
+                         const R& row, const C& column) {
+  threads = useful_threads(bytes, threads);
+  const i64 strips = inner == 1 ? 1 : ceil_div(inner, W), count = outer * strips;
+  const i64 step = share(count, bytes, threads);
+  parallel_for(ceil_div(count, step), threads, [&](i64 task) {
+    for (i64 i = task * step; i < least(count, (task + 1) * step); ++i) {
+      const i64 from = i % strips * W, at = i / strips * n * inner + from;
+      if (inner == 1)
+        row(at);
+      else if (inner - from >= W)
+        column(All{}, at);
+      else
+        column(First{int(inner - from)}, at);
+    }
+    if (fence) stream_fence();
+  });
+}
+
+template <class F>
+INLINE void with_log(bool log, const F& f) {
+  log ? f(std::true_type{}) : f(std::false_type{});
+}
+
+void softmax_fwd(const Forward& a) {
+  with_type(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* x = static_cast<const T*>(a.input);
+    T* y = static_cast<T*>(a.output);
+    const i64 row_bytes = a.n * i64(sizeof(T)), bytes = a.outer * a.inner * row_bytes;
+    const bool stream = a.inner == 1 && streams(y, row_bytes, a.outer);
+    with_log(a.log, [&](auto log) {
+      constexpr bool Log = decltype(log)::value;
+      softmax_deal(
+          a.outer, a.n, a.inner, bytes, a.threads, stream,
+          [&](i64 at) {
+            stream ? softmax_row<Log, true>(x + at, y + at, a.n)
+                   : softmax_row<Log, false>(x + at, y + at, a.n);
+          },
+          [&](auto lanes, i64 at) { softmax_column<Log>(x + at, y + at, a.n, a.inner, lanes); });
+    });
+  });
+}
+
+void softmax_bwd(const Backward& a) {
+  with_type(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T *dy = static_cast<const T*>(a.grad_output), *y = static_cast<const T*>(a.output);
+    T* dx = static_cast<T*>(a.grad_input);
+    const i64 row_bytes = a.n * i64(sizeof(T)), bytes = a.outer * a.inner * row_bytes;
+    const bool stream = a.inner == 1 && streams(dx, row_bytes, a.outer);
+    with_log(a.log, [&](auto log) {
+      constexpr bool Log = decltype(log)::value;
+      softmax_deal(
+          a.outer, a.n, a.inner, 2 * bytes, a.threads, stream,
+          [&](i64 at) {
+            stream ? softmax_row_backward<Log, true>(dy + at, y + at, dx + at, a.n)
+                   : softmax_row_backward<Log, false>(dy + at, y + at, dx + at, a.n);
+          },
+          [&](auto lanes, i64 at) {
+            softmax_column_backward<Log>(dy + at, y + at, dx + at, a.n, a.inner, lanes);
+          });
+    });
+  });
+}
+
+constexpr Kernels table = {softmax_fwd, softmax_bwd};
