@@ -5,9 +5,9 @@ Every function takes `backend=` to force an implementation; without it, the best
 
 from fastllm.ops.activation import geglu, gelu, relu2, silu, swiglu
 from fastllm.ops.grouped import grouped_linear
-from fastllm.ops.matmul import gated_linear, linear, matmul
 from fastllm.ops.linear_loss import linear_cross_entropy, token_log_probs
 from fastllm.ops.loss import cross_entropy, distillation_loss, hidden_state_loss
+from fastllm.ops.matmul import gated_linear, linear, matmul
 from fastllm.ops.norm import (
     add_layer_norm,
     add_rms_norm,
@@ -20,9 +20,9 @@ from fastllm.ops.softmax import log_softmax, softmax
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
-    "gated_linear",
     "cross_entropy",
     "distillation_loss",
+    "gated_linear",
     "geglu",
     "gelu",
     "group_norm",
@@ -30,9 +30,9 @@ __all__ = [
     "hidden_state_loss",
     "layer_norm",
     "linear",
-    "matmul",
     "linear_cross_entropy",
     "log_softmax",
+    "matmul",
     "relu2",
     "rms_norm",
     "silu",
