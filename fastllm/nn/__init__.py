@@ -5,26 +5,20 @@ And the parts of a transformer that torch has no module for: GatedMLP, MLP.
 
 from fastllm.nn.activation import GELU, SiLU
 from fastllm.nn.linear import Linear
+from fastllm.nn.loss import CrossEntropyLoss, DistillationLoss, LinearCrossEntropyLoss
 from fastllm.nn.mlp import MLP, GatedMLP
 from fastllm.nn.norm import GroupNorm, LayerNorm, RMSNorm
 
 __all__ = [
     "GELU",
     "MLP",
+    "CrossEntropyLoss",
+    "DistillationLoss",
     "GatedMLP",
     "GroupNorm",
     "LayerNorm",
     "Linear",
-    "RMSNorm",
-    "SiLU",
-from fastllm.nn.loss import CrossEntropyLoss, DistillationLoss, LinearCrossEntropyLoss
-from fastllm.nn.norm import GroupNorm, LayerNorm, RMSNorm
-
-__all__ = [
-    "CrossEntropyLoss",
-    "DistillationLoss",
-    "GroupNorm",
-    "LayerNorm",
     "LinearCrossEntropyLoss",
     "RMSNorm",
+    "SiLU",
 ]
