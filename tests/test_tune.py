@@ -275,3 +275,13 @@ def test_rank_0_decides_and_the_others_follow(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mp.spawn(rank_main, (port, str(tmp_path)), nprocs=2)
+
+
+def test_info_says_which_table_applies(tuned, capsys):
+    assert main(["info"]) == 0
+    assert "heuristics; `fastllm tune` measures" in capsys.readouterr().out
+    say(OPS["layer_norm"], (torch.randn(4, 24), (24,), None, None, 1e-5, 0.0), "torch")
+    store.merge(table.user_path("cpu"), facts.facts("cpu"), table.layers("cpu").process)
+    table.forget()
+    assert main(["info"]) == 0
+    assert "1 choices" in capsys.readouterr().out

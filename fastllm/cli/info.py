@@ -16,6 +16,7 @@ from fastllm.core.device import cpu_info, gpu_info
 from fastllm.core.measure import last_level_cache
 from fastllm.core.memory import memory_stats
 from fastllm.core.op import OPS, Op
+from fastllm.core.tuner import table as tables
 
 _PREFIXES = ("FASTLLM_", "TRITON_", "OMP_", "MKL_", "KMP_", "GOMP_")
 _NAMES = ("CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "HF_HUB_OFFLINE", "LD_PRELOAD")
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(_machine())
     if OPS:
         _backends(console)
+    console.print(_tables())
     console.print(_settings())
     return 0
 
@@ -88,6 +90,27 @@ def _choice(op: Op, device: str) -> str:
         return op.select(op.cases[0].args(device)).name
     except UnsupportedError:
         return ""
+
+
+def _tables() -> Table:
+    """Which tables of measured choices apply; where there is none, the heuristics do."""
+    made = table("Tuning", "", "")
+    made.add_row("FASTLLM_TUNE", tables.MODE)
+    if tables.MODE == "off":
+        return made
+    devices = ["cpu", *(f"cuda:{i}" for i in range(len(gpu_info())))]
+    for device in devices:
+        known = tables.layers(device)
+        for what, entries, path in (
+            ("yours", known.user, tables.user_path(device)),
+            ("shipped", known.shipped, tables.shipped_path(device)),
+        ):
+            count = sum(map(len, entries.values()))
+            text = f"{count} choices, {path}" if count else "none for this device and versions"
+            made.add_row(f"{device}: {what}", escape(text))
+        if not known.names():
+            made.add_row(f"{device}: in force", "heuristics; `fastllm tune` measures")
+    return made
 
 
 def _settings() -> Table:

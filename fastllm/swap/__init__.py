@@ -12,6 +12,8 @@ rules.py     what matches -> what replaces it
 probe.py     which norm a module computes, found out by running it
 rewrite.py   residual additions fused into the norm that follows them
 verify.py    the proof on the user's own input
+tuning.py    fastllm.tune: what a model really calls, measured
+winners.py   tune=True: replaced modules timed in place, only winners kept
 handle.py    the order of it all, and the way back
 """
 
@@ -36,8 +38,12 @@ class _Callable(types.ModuleType):
         exclude: Any = None,
         verify: Any = None,
         backend: str | None = None,
+        example_inputs: Any = None,
+        tune: bool = False,
     ) -> Handle:
-        return swap_model(model, include, exclude, verify, backend)
+        return swap_model(
+            model, include, exclude, verify, backend, example_inputs=example_inputs, tune=tune
+        )
 
 
 _Callable.__call__.__doc__ = swap_model.__doc__

@@ -7,11 +7,13 @@ from torch import nn
 from fastllm.core.backend import check_name
 from fastllm.core.errors import UnsupportedError
 from fastllm.core.op import OPS
-from fastllm.swap import classes, rules
+from fastllm.core.tuner import table
+from fastllm.swap import classes, rules, tuning, winners
 from fastllm.swap.blocks import Finder
 from fastllm.swap.handle import Handle
 from fastllm.swap.mlp import MLP
 from fastllm.swap.report import Report, Row
+from fastllm.swap.run import as_calls
 from fastllm.swap.select import Paths, chosen, paths_of
 from fastllm.swap.verify import Verification
 
@@ -24,6 +26,8 @@ def swap_model(
     exclude: Any = None,
     verify: Any = None,
     backend: str | None = None,
+    example_inputs: Any = None,
+    tune: bool = False,
 ) -> Handle:
     """Puts fastllm's modules into `model`, in place, in this instance only.
 
@@ -35,6 +39,10 @@ def swap_model(
              a list of such. Outputs and gradients are compared with float64 before and after;
              what is over the error budget is put back, and the report says so
     backend  forces a backend in every swapped module; None: the best one
+    example_inputs  inputs in the same form, to tune with; without `verify`, it verifies, too
+    tune     tunes the calls that the model makes (fastllm.tune), times every replaced module where
+             it stands, and keeps only what wins; the report has the ratios. A GPU, or the CPU,
+             has to be otherwise idle for the figures to mean something
 
     Returns a Handle: report(), restore(), a context manager. Swapping again does nothing. If
     anything is raised on the way, the model is as it was. Raises TypeError or ValueError naming
@@ -43,6 +51,9 @@ def swap_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
     backend = check_name(backend)
+    if tune and example_inputs is None:
+        raise ValueError("example_inputs: expected the inputs to tune with, found None")
+    verify = example_inputs if verify is None else verify
     if backend is not None:
         _check_available(backend)
     paths = paths_of(model)
@@ -59,14 +70,27 @@ def swap_model(
         blocks = _fuse(handle, paths, allowed, barred, backend, rows)
         if proof is not None:
             proof.after(handle, rows, blocks)
+        ratio, notes = _tuned(handle, rows, example_inputs) if tune else (None, [])
     except BaseException:
         handle.restore()
         raise
     order = {names[0]: i for i, names in enumerate(paths.values())}
     handle._report = Report(sorted(rows, key=lambda row: order[row.path]))
     if proof is not None:
-        handle._report.notes = proof.notes
+        handle._report.notes = [*proof.notes, *notes]
+    handle._report.ratio = ratio
     return handle
+
+
+def _tuned(handle: Handle, rows: list[Row], example_inputs: Any) -> tuple[float | None, list[str]]:
+    """Each backend at its best first, then what wins; the whole model's ratio, and notes."""
+    if not handle.modules:
+        return None, []
+    if table.MODE != "off":
+        tuning.tune(handle.model, example_inputs)
+    calls = as_calls(example_inputs, "example_inputs")
+    ratio, notes = winners.keep_winners(handle, rows, calls)
+    return ratio.value, notes
 
 
 def _check_available(backend: str) -> None:

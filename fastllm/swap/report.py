@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-COLUMNS = ("path", "from", "to", "backend", "error", "why left")
+COLUMNS = ("path", "from", "to", "backend", "error", "speed", "why left")
 MODULES = ("norm", "linear", "embedding", "activation")
 BLOCKS = ("residual addition", "MLP", "rotary embedding")
 
@@ -13,8 +13,9 @@ BLOCKS = ("residual addition", "MLP", "rotary embedding")
 class Row:
     """One module. `error` against float64 and its `budget`; `reason` is set where it was left.
 
-    kind  one of MODULES: the module itself runs fastllm's code; or of BLOCKS: its forward has
-          something fused
+    kind   one of MODULES: the module itself runs fastllm's code; or of BLOCKS: its forward has
+           something fused
+    ratio  how many times as fast as the original, where it was tuned
     """
 
     path: str
@@ -26,20 +27,27 @@ class Row:
     reason: str = ""
     kind: str = ""
     adds: int = 0
+    ratio: float | None = None
 
     def cells(self) -> tuple[str, ...]:
         error = "" if self.error is None else f"{self.error:.1e}"
         if self.error is not None and self.budget is not None:
             error += f" of {self.budget:.1e}"
-        return (self.path or "(the model)", self.old, self.new, self.backend, error, self.reason)
+        speed = "" if self.ratio is None else f"{self.ratio:.2f}x"
+        path = self.path or "(the model)"
+        return (path, self.old, self.new, self.backend, error, speed, self.reason)
 
 
 @dataclass
 class Report:
-    """Rows in the model's order, and notes about the whole. `str` is a plain table."""
+    """Rows in the model's order, and notes about the whole. `str` is a plain table.
+
+    `ratio`: how many times as fast as the original the whole model is, where it was tuned.
+    """
 
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    ratio: float | None = None
 
     @property
     def swapped(self) -> list[Row]:

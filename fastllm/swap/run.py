@@ -117,7 +117,7 @@ def _outputs(
     args, kwargs = _fresh(call, dtype, leaves)
     torch.manual_seed(0)
     outputs: dict[str, Tensor] = {}
-    _flatten(model(*args, **kwargs), "", outputs)
+    flatten(model(*args, **kwargs), "", outputs)
     return outputs, leaves
 
 
@@ -137,7 +137,7 @@ def _fresh(value: Any, dtype: torch.dtype | None, leaves: list[Tensor]) -> Any:
     return copy.deepcopy(value)
 
 
-def _flatten(value: Any, name: str, into: dict[str, Tensor]) -> None:
+def flatten(value: Any, name: str, into: dict[str, Tensor]) -> None:
     """Floating tensors of nested tuples, dicts and dataclasses, by a readable name."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
@@ -151,4 +151,4 @@ def _flatten(value: Any, name: str, into: dict[str, Tensor]) -> None:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = vars(value).items()
     for key, item in items:
-        _flatten(item, f"{name}.{key}" if name else str(key), into)
+        flatten(item, f"{name}.{key}" if name else str(key), into)

@@ -18,6 +18,8 @@ from fastllm.core.tuner.tunable import TUNABLES, Config, Tunable
 
 Build = Callable[[], tuple]  # makes an op's arguments
 
+_MOST_SETS = 64  # making more copies of mid-sized inputs would take longer than timing them
+
 
 @dataclass(frozen=True)
 class Sighting:
@@ -49,12 +51,16 @@ def jobs_of(sightings: Iterable[Sighting], device: str, threads: int | None = No
     """One job a key: sightings that fall into the same bucket are decided together."""
     device = table.device_name(device)
     grouped: dict[tuple[str, str], list[Sighting]] = {}
+    keys: dict[Build, str | None] = {}  # both directions of a case have the same arguments
     with thread_count(threads if device == "cpu" else None):
         for seen in sightings:
-            args = seen.build()
-            if _worth_it(seen.op, args):
-                name = f"{seen.op.name}.{seen.direction}"
-                grouped.setdefault((name, routes.call_word(seen.op, args, device)), []).append(seen)
+            if seen.build not in keys:
+                args = seen.build()
+                worth = _worth_it(seen.op, args)
+                keys[seen.build] = routes.call_word(seen.op, args, device) if worth else None
+            key = keys[seen.build]
+            if key is not None:
+                grouped.setdefault((f"{seen.op.name}.{seen.direction}", key), []).append(seen)
     return [
         Job(device, name, group[0].op.family, key, tuple(map(_trial, group)), threads)
         for (name, key), group in grouped.items()
@@ -100,7 +106,7 @@ def _trial(seen: Sighting) -> Callable[[], Trial]:
             )
             upstream = tuple(torch.randn_like(o) for o in _outputs(op(*args, backend="torch")))
         device = next(args[i].device for i in op.tensors if isinstance(args[i], Tensor))
-        sets = rotation(size_of((args, upstream)), device)
+        sets = min(_MOST_SETS, rotation(size_of((args, upstream)), device))
         inputs = copies((args, upstream), sets)
         default, *others = rivals(op, args)
         calls = {default.name: None, **{b.name: b for b in others}}
