@@ -249,7 +249,8 @@ def likely(a: Tensor, b: Tensor) -> str:
         return "torch" if native_half else "cpu"
     if not native_bf16:
         return "cpu"
-    return "cpu" if _C.isa() == "amx" and a.stride(1) != 1 and m >= 256 else "torch"
+    weight_gradient = a.stride(1) != 1 and m >= 256 and torch.get_num_threads() > 1
+    return "cpu" if _C.isa() == "amx" and weight_gradient else "torch"
 
 
 @functools.cache
