@@ -70,5 +70,7 @@ T* at(ptr p) {
 // One for each family, in <family>.cpp; module.cpp calls them.
 void bind_norm(py::module_& m);
 void bind_activation(py::module_& m);
+void bind_embedding(py::module_& m);
+void bind_rotary(py::module_& m);
 
 }  // namespace fastllm::bindings
