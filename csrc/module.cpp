@@ -71,6 +71,8 @@ PYBIND11_MODULE(_C, m) {
   fastllm::bindings::bind_optim(m);
   fastllm::bindings::bind_loss(m);
   fastllm::bindings::bind_softmax(m);
+  fastllm::bindings::bind_embedding(m);
+  fastllm::bindings::bind_rotary(m);
 
   m.def("isa", &fastllm::isa, "The level of the kernels in use.");
   m.def("isa_levels", &fastllm::isa_levels, "The levels that this machine can run, best last.");

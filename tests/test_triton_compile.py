@@ -58,6 +58,28 @@ def group_norms(shape, groups, dtype):
     yield from record(group_norm_bwd, x, x, groups, w, w, 1e-5, (True, True, True))
 
 
+def elementwise(dtype):
+    """Launches of the activations, rotary embedding and embedding's backward."""
+    from fastllm.kernels.activation import activation_bwd, activation_fwd
+    from fastllm.kernels.aot import meta, record
+    from fastllm.kernels.embedding import embedding_bwd
+    from fastllm.kernels.rotary import rotate
+
+    x, both = meta(4096, 1408, dtype=dtype), (True, True)
+    for function in range(4):
+        yield from record(activation_fwd, function, x, x, 1, x.numel(), *[x.numel()] * 2)
+        yield from record(activation_bwd, function, x, x, x, 4096, 1408, *[2816] * 3, both)
+    yield from record(activation_fwd, 0, x, None, 1, x.numel(), x.numel(), 0)
+    yield from record(activation_bwd, 1, x, x, None, 1, x.numel(), *[x.numel()] * 2, 0, (True, 0))
+    heads, table = meta(2, 32, 4096, 128, dtype=dtype), meta(4096, 128, dtype=dtype)
+    for interleaved, back in itertools.product((False, True), repeat=2):
+        yield from record(rotate, heads, heads, table, table, 128, interleaved, back)
+    index = meta(4096, dtype=torch.int64)
+    yield from record(embedding_bwd, meta(4096, 1024, dtype=dtype), index, 32000, -1, True)
+    part = meta(4096, 32, dtype=FP32)
+    yield from record(rotate, heads, heads, part, part, 64, False, False)
+
+
 @functools.cache
 def launches(exhaustive):
     """Everything to compile, each specialization once, with the targets it is compiled for."""
@@ -84,6 +106,9 @@ def launches(exhaustive):
         targets = list(TARGETS) if everywhere else [("cuda", 90, 32)]
         for launch in group_norms(shape, groups, dtype):
             found.setdefault(launch, {}).update(dict.fromkeys(targets))
+    for dtype in (BF16, FP32) if exhaustive else (BF16,):
+        for launch in elementwise(dtype):
+            found.setdefault(launch, {}).update(dict.fromkeys(TARGETS))
     return [(launch, target) for launch, targets in found.items() for target in targets]
 
 

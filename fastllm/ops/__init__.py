@@ -7,3 +7,6 @@ from fastllm.ops import loss as loss
 from fastllm.ops import matmul as matmul
 from fastllm.ops import norm as norm
 from fastllm.ops import softmax as softmax
+from fastllm.ops import embedding as embedding
+from fastllm.ops import norm as norm
+from fastllm.ops import rotary as rotary

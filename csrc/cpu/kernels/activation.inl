@@ -42,7 +42,7 @@ struct GeluTanh {
 struct Relu2 {
   template <bool Slope>
   INLINE_MEMBER static Point at(Vec x) {
-    const Vec r = at_least(x, 0.0f);
+    const Vec r = at_least(x, zero());
     return {r * r, r + r};
   }
 };

@@ -16,10 +16,6 @@ INLINE Vec abs(Vec a) { return {(Floats)((Ints)a.v & 0x7fffffff)}; }
 INLINE Vec with_sign(Vec a, Vec s) {
   return {(Floats)((Ints)a.v | ((Ints)s.v & int32_t(0x80000000)))};
 }
-// NaN in x stays NaN.
-INLINE Vec at_least(Vec x, float low) { return choose(less(x, set1(low)), set1(low), x); }
-INLINE Vec at_most(Vec x, float high) { return choose(less(set1(high), x), set1(high), x); }
-
 // Evaluates c[0] + c[1] x + ... by Horner's rule.
 template <int N>
 INLINE Vec polynomial(Vec x, const float (&c)[N]) {
@@ -29,31 +25,28 @@ INLINE Vec polynomial(Vec x, const float (&c)[N]) {
   return sum;
 }
 
-// 2^k for integers k in [-126, 127].
-INLINE Vec power_of_two(Ints k) { return {(Floats)((k + 127) << 23)}; }
-
-// e^x: 0 at -inf, inf from 88.73 on, subnormal below -87.3, NaN at NaN. x = k ln 2 + r with
-// |r| <= ln 2 / 2; 2^k in two factors, each of them a normal number.
-INLINE Vec exp(Vec x) {
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
+// e^x for x <= 89.
+INLINE Vec exp_bounded(Vec x) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   constexpr float kTerms[] = {0.49999994f, 0.166665196f, 0.0416683927f, 0.00836878084f,
                               0.00138144626f};
-  x = at_most(at_least(x, -104.5f), 89.0f);
-  const Vec shifted = fma(x, set1(1.44269504f), set1(kShift)), k = shifted - set1(kShift);
-  const Ints n = (Ints)shifted.v - (Ints)set1(kShift).v, half = n >> 1;
+  x = at_least(x, set1(-104.5f));
+  const Vec k = fma(x, set1(1.44269504f), set1(kShift)) - set1(kShift);
   const Vec r = fma(k, set1(2.12194440e-4f), fma(k, set1(-0.693359375f), x));
-  const Vec p = fma(r * r, polynomial(r, kTerms), r) + set1(1.0f);
-  return p * power_of_two(half) * power_of_two(n - half);
+  return scale_by_power(fma(r * r, polynomial(r, kTerms), r) + set1(1.0f), k);
 }
+
+// e^x: 0 at -inf, inf from 88.73 on, subnormal below -87.3, NaN at NaN. x = k ln 2 + r with
+// |r| <= ln 2 / 2.
+INLINE Vec exp(Vec x) { return exp_bounded(at_most(x, set1(89.0f))); }
 
 // 1 / (1 + e^-x) and its complement 1 / (1 + e^x), neither by subtraction.
 struct Sigmoid {
   Vec value, complement;
 };
 INLINE Sigmoid sigmoids(Vec x) {
-  const Vec e = exp(neg(abs(x))), large = div(set1(1.0f), set1(1.0f) + e), small = e * large;
-  const Ints negative = less(x, zero());
-  return {choose(negative, small, large), choose(negative, large, small)};
+  const Vec e = exp_bounded(neg(abs(x))), large = inverse(set1(1.0f) + e), small = e * large;
+  return {where_negative(x, small, large), where_negative(x, large, small)};
 }
 INLINE Vec sigmoid(Vec x) { return sigmoids(x).value; }
 
@@ -72,15 +65,15 @@ INLINE Vec scaled_erfc(Vec t) {
   constexpr float kTerms[] = {-1.82094896f, 1.60814571f,   -0.467353165f, -0.264758408f,
                               0.115197368f, 0.114123538f,  -0.0202261284f, -0.0678976551f,
                               0.0294231623f};
-  const Vec scaled = t * set1(0.4f), w = div(set1(1.0f), scaled + set1(1.0f)), v = scaled * w;
+  const Vec scaled = t * set1(0.4f), w = inverse(scaled + set1(1.0f)), v = scaled * w;
   return w * fma(v, polynomial(v, kTerms), set1(1.0f));
 }
 
 // e^(-x^2 scale), with the rounding error of x^2 made good.
 INLINE Vec gaussian(Vec x, float scale) {
-  const Vec bounded = at_most(abs(x), 1e15f);  // no inf - inf; there the result is 0
+  const Vec bounded = at_most(abs(x), set1(1e15f));  // no inf - inf; there the result is 0
   const Vec square = bounded * bounded, error = fma_once(bounded, bounded, neg(square));
-  const Vec e = exp(square * set1(-scale));
+  const Vec e = exp_bounded(square * set1(-scale));
   return fma(e, error * set1(-scale), e);
 }
 
@@ -89,7 +82,7 @@ INLINE Vec erf(Vec x) {
                               0.00518832728f, -0.000801019138f, 7.85385346e-05f};
   const Vec t = abs(x);
   const Vec near = fma(x, polynomial(x * x, kTerms), x);
-  const Vec tail = gaussian(x, 1.0f) * scaled_erfc(at_most(t, 10.3f));
+  const Vec tail = gaussian(x, 1.0f) * scaled_erfc(at_most(t, set1(10.3f)));
   return choose(less(t, set1(1.0f)), near, with_sign(set1(1.0f) - tail, x));
 }
 
@@ -99,7 +92,7 @@ struct Normal {
 };
 INLINE Normal normal(Vec x) {
   const Vec e = gaussian(x, 0.5f);
-  const Vec t = at_most(abs(x) * set1(0.707106781f), 10.3f);
+  const Vec t = at_most(abs(x) * set1(0.707106781f), set1(10.3f));
   const Vec tail = e * set1(0.5f) * scaled_erfc(t);
-  return {choose(less(x, zero()), tail, set1(1.0f) - tail), e * set1(0.398942280f)};
+  return {where_negative(x, tail, set1(1.0f) - tail), e * set1(0.398942280f)};
 }

@@ -109,3 +109,24 @@ INLINE Vec rounded(const f16*, Vec a) { return {_mm256_cvtph_ps(to_f16(a))}; }
 INLINE __m256i load_bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
 }
+
+// What math.inl is made of. Bounds let NaN in x through.
+INLINE Vec at_least(Vec x, Vec low) { return {_mm256_max_ps(low.v, x.v)}; }
+INLINE Vec at_most(Vec x, Vec high) { return {_mm256_min_ps(high.v, x.v)}; }
+INLINE Vec where_negative(Vec sign, Vec yes, Vec no) {
+  return {_mm256_blendv_ps(no.v, yes.v, sign.v)};
+}
+// p 2^k for integers k in [-152, 128], rounded once, and p in [0.5, 2]: in two factors, each of
+// them a normal number.
+INLINE Vec scale_by_power(Vec p, Vec k) {
+  const __m256i n = _mm256_cvtps_epi32(k.v), half = _mm256_srai_epi32(n, 1);
+  const __m256i one = _mm256_set1_epi32(127), rest = _mm256_sub_epi32(n, half);
+  const Vec first = {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, one), 23))};
+  const Vec second = {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, one), 23))};
+  return p * first * second;
+}
+// 1 / d for d in [1, 2^40].
+INLINE Vec inverse(Vec d) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), d.v)}; }
+
+// Lanes 2i and 2i + 1 exchanged.
+INLINE Vec swap_pairs(Vec a) { return {_mm256_permute_ps(a.v, 0xb1)}; }

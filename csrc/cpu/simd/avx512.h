@@ -91,3 +91,20 @@ INLINE Vec rounded(const f16*, Vec a) { return {_mm512_cvtph_ps(to_f16(a))}; }
 INLINE __m512i load_bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
 }
+
+// What math.inl is made of. Bounds let NaN in x through.
+INLINE Vec at_least(Vec x, Vec low) { return {_mm512_max_ps(low.v, x.v)}; }
+INLINE Vec at_most(Vec x, Vec high) { return {_mm512_min_ps(high.v, x.v)}; }
+INLINE Vec where_negative(Vec sign, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(sign.v)), no.v, yes.v)};
+}
+// p 2^k for integers k in [-152, 128], rounded once, and p in [0.5, 2].
+INLINE Vec scale_by_power(Vec p, Vec k) { return {_mm512_scalef_ps(p.v, k.v)}; }
+// 1 / d for d in [1, 2^40].
+INLINE Vec inverse(Vec d) {
+  const Vec guess = {_mm512_rcp14_ps(d.v)};
+  return fma(guess, {_mm512_fnmadd_ps(d.v, guess.v, _mm512_set1_ps(1.0f))}, guess);
+}
+
+// Lanes 2i and 2i + 1 exchanged.
+INLINE Vec swap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }

@@ -99,3 +99,25 @@ INLINE uint32x4_t load_bytes(const uint8_t* p) {
   __builtin_memcpy(&four, p, 4);
   return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
 }
+
+// What math.inl is made of. Bounds let NaN in x through.
+INLINE Vec at_least(Vec x, Vec low) { return {vmaxq_f32(x.v, low.v)}; }
+INLINE Vec at_most(Vec x, Vec high) { return {vminq_f32(x.v, high.v)}; }
+INLINE Vec where_negative(Vec sign, Vec yes, Vec no) {
+  return {vbslq_f32(vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_f32(sign.v), 31)), yes.v,
+                    no.v)};
+}
+// p 2^k for integers k in [-152, 128], rounded once, and p in [0.5, 2]: in two factors, each of
+// them a normal number.
+INLINE Vec scale_by_power(Vec p, Vec k) {
+  const int32x4_t n = vcvtnq_s32_f32(k.v), half = vshrq_n_s32(n, 1), one = vdupq_n_s32(127);
+  const int32x4_t rest = vsubq_s32(n, half);
+  const Vec first = {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(half, one), 23))};
+  const Vec second = {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(rest, one), 23))};
+  return p * first * second;
+}
+// 1 / d for d in [1, 2^40].
+INLINE Vec inverse(Vec d) { return {vdivq_f32(vdupq_n_f32(1.0f), d.v)}; }
+
+// Lanes 2i and 2i + 1 exchanged.
+INLINE Vec swap_pairs(Vec a) { return {vrev64q_f32(a.v)}; }

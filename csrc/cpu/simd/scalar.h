@@ -131,3 +131,26 @@ INLINE Vec rounded(const T* p, Vec a) {
 
 // W bytes as the 32-bit integers in the lanes.
 INLINE u32x4 load_bytes(const uint8_t* p) { return u32x4{p[0], p[1], p[2], p[3]}; }
+
+// What math.inl is made of. Bounds let NaN in x through.
+INLINE Vec at_least(Vec x, Vec low) {
+  return {(f32x4)pick((i32x4)(x.v < low.v), (u32x4)low.v, (u32x4)x.v)};
+}
+INLINE Vec at_most(Vec x, Vec high) {
+  return {(f32x4)pick((i32x4)(x.v > high.v), (u32x4)high.v, (u32x4)x.v)};
+}
+INLINE Vec where_negative(Vec sign, Vec yes, Vec no) {
+  return {(f32x4)pick((i32x4)sign.v >> 31, (u32x4)yes.v, (u32x4)no.v)};
+}
+// p 2^k for integers k in [-152, 128], rounded once, and p in [0.5, 2]: in two factors, each of
+// them a normal number.
+INLINE Vec scale_by_power(Vec p, Vec k) {
+  const i32x4 n = __builtin_convertvector(k.v, i32x4), half = n >> 1;
+  const Vec first = {(f32x4)((half + 127) << 23)}, second = {(f32x4)((n - half + 127) << 23)};
+  return p * first * second;
+}
+// 1 / d for d in [1, 2^40].
+INLINE Vec inverse(Vec d) { return {1.0f / d.v}; }
+
+// Lanes 2i and 2i + 1 exchanged.
+INLINE Vec swap_pairs(Vec a) { return {f32x4{a.v[1], a.v[0], a.v[3], a.v[2]}}; }

@@ -12,10 +12,19 @@ from fastllm.ops.activation.spec import APPROXIMATE, GATED
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16", FP64: "fp64"}
 
-BENCH_SHAPES = ((1, 1408), (16, 11008), (2048, 1408))
+BENCH_SHAPES: tuple[tuple[int, ...], ...] = ((1, 1408), (16, 11008), (2048, 1408))
 LONG = (2048, 8192)  # past the caches; of one op, to keep tests short
 # every remainder of a vector, odd and prime sizes, parts of every size
-TEST_SHAPES = ((1, 1), (3, 7), (2, 3, 64), (5, 1, 129), (33, 255), (1, 8197), (2, 16400))
+TEST_SHAPES: tuple[tuple[int, ...], ...] = (
+    (1, 1),
+    (3, 7),
+    (2, 3, 64),
+    (5, 1, 129),
+    (33, 255),
+    (1, 8197),
+    (2, 16400),
+)
+EMPTY: tuple[tuple[int, ...], ...] = ((0, 64), (2, 0), ())
 # halves: the two halves of one fused projection
 LAYOUTS = ("halves", "transposed", "expanded", "strided", "heads")
 VALUES = ("infinite", "nan", "zeros", "large", "tiny")
@@ -45,7 +54,7 @@ def _cases(op: str, form: str | None) -> Iterator[Case]:
     yield _case(op, form, (4, 3, 10), FP64, tags={"quick"})
     for values, dtype in itertools.product(VALUES, dtypes if whole else (FP32,)):
         yield _case(op, form, (5, 130), dtype, values=values, tags={"adversarial"})
-    for shape in ((0, 64), (2, 0), ()):
+    for shape in EMPTY:
         yield _case(op, form, shape, FP32, tags={"quick"})
 
 
