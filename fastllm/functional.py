@@ -5,6 +5,7 @@ Every function takes `backend=` to force an implementation; without it, the best
 
 from fastllm.ops.activation import geglu, gelu, relu2, silu, swiglu
 from fastllm.ops.grouped import grouped_linear
+from fastllm.ops.moe import moe_permute, moe_route, moe_unpermute
 from fastllm.ops.norm import (
     add_layer_norm,
     add_rms_norm,
@@ -21,6 +22,9 @@ __all__ = [
     "group_norm",
     "grouped_linear",
     "layer_norm",
+    "moe_permute",
+    "moe_route",
+    "moe_unpermute",
     "relu2",
     "rms_norm",
     "silu",

@@ -2,4 +2,5 @@
 
 from fastllm.ops import activation as activation
 from fastllm.ops import grouped as grouped
+from fastllm.ops import moe as moe
 from fastllm.ops import norm as norm
