@@ -9,6 +9,7 @@ from fastllm.ops.linear_loss import linear_cross_entropy, token_log_probs
 from fastllm.ops.loss import cross_entropy, distillation_loss, hidden_state_loss
 from fastllm.ops.matmul import gated_linear, linear, matmul
 from fastllm.ops.embedding import embedding
+from fastllm.ops.moe import moe_permute, moe_route, moe_unpermute
 from fastllm.ops.norm import (
     add_layer_norm,
     add_rms_norm,
@@ -34,6 +35,9 @@ __all__ = [
     "linear_cross_entropy",
     "log_softmax",
     "matmul",
+    "moe_permute",
+    "moe_route",
+    "moe_unpermute",
     "relu2",
     "rms_norm",
     "silu",
@@ -41,8 +45,3 @@ __all__ = [
     "swiglu",
     "token_log_probs",
 ]
-from fastllm.ops.rotary import rotary_embedding, rotary_embedding_
-
-__all__ = ["add_layer_norm", "add_rms_norm", "group_norm", "layer_norm", "rms_norm"]
-__all__ += ["geglu", "gelu", "relu2", "silu", "swiglu"]
-__all__ += ["embedding", "rotary_embedding", "rotary_embedding_"]

@@ -1,8 +1,8 @@
 """Products of the experts of a mixture: y[i] = W[e] x[i] + b[e] for the rows i of expert e.
 
 Rows are sorted by expert; offsets [E] hold where each expert's rows end. They stay on the device:
-every program walks over them and finds its own tiles. What decreases or overruns in them is clamped
-so that no access leaves a buffer. Rows behind the last end are written as zeros.
+every program reads all of them and finds its own tiles. What decreases or overruns in them is
+clamped, so that no access leaves a buffer. Rows behind the last end are written as zeros.
 """
 
 import torch
@@ -11,23 +11,29 @@ import triton.language as tl
 from fastllm.kernels.device import multiprocessors, on
 from fastllm.kernels.matmul import accumulate
 from fastllm.kernels.matmul_configs import default_config
-from fastllm.kernels.tiles import capability, describable, tile_at, workspace
+from fastllm.kernels.tiles import capability, describable, lanes, precision, tile_at, workspace
 
 
 @triton.jit
-def _ends(offsets_ptr, expert, start, tokens):
-    """Where the rows of `expert` end, which start at `start`."""
-    end = tl.load(offsets_ptr + expert)
-    return tl.minimum(tl.maximum(end, start), tokens)
+def _later(a, b):
+    return tl.maximum(a, b)
 
 
 @triton.jit
-def _expert_rows(offsets_ptr, expert, tokens):
-    """(first row, end) of one expert, as a walk over all offsets before it finds them."""
-    start = tokens * 0
-    for before in range(0, expert):
-        start = _ends(offsets_ptr, before, start, tokens)
-    return start, _ends(offsets_ptr, expert, start, tokens)
+def _segments(offsets_ptr, experts, tokens, BLOCK_E: tl.constexpr):
+    """(first rows, ends) of all experts, and as expert number `experts` the rows of none."""
+    expert = tl.arange(0, BLOCK_E)
+    end = tl.load(offsets_ptr + expert, mask=expert < experts, other=2147483647)
+    start = tl.load(offsets_ptr + expert - 1, mask=(expert > 0) & (expert <= experts), other=0)
+    start = tl.associative_scan(tl.minimum(tl.maximum(start, 0), tokens), 0, _later)
+    end = tl.associative_scan(tl.minimum(tl.maximum(end, 0), tokens), 0, _later)
+    return start, tl.where(expert <= experts, end, start)
+
+
+@triton.jit
+def _pick(values, index, BLOCK_E: tl.constexpr):
+    """values[index]"""
+    return tl.sum(tl.where(tl.arange(0, BLOCK_E) == index, values, 0), axis=0)
 
 
 @triton.jit
@@ -41,7 +47,7 @@ def _weight_block(descriptor, expert, row, col, TRANSPOSED: tl.constexpr):
         return block.reshape(block.shape[1], block.shape[2])
 
 
-@triton.jit(do_not_specialize=["experts", "stride_we"])
+@triton.jit(do_not_specialize=["tokens", "experts"])
 def _grouped_kernel(
     x_ptr,
     w_ptr,
@@ -63,14 +69,15 @@ def _grouped_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     TMA: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
 ):
     # The tiles of all experts are numbered through; program p of P owns the tiles p, p + P, ...
     tiles_n = tl.cdiv(N, BLOCK_N)
-    tile = tl.program_id(0)
-    start = tokens * 0
-    first = tokens * 0  # the number of the expert's first tile
+    starts, ends = _segments(offsets_ptr, experts, tokens, BLOCK_E)
+    tiles = tl.cdiv(ends - starts, BLOCK_M) * tiles_n
+    lasts = tl.cumsum(tiles, 0)
     if TMA:
         x = tl.make_tensor_descriptor(x_ptr, [tokens, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
         if W_TRANSPOSED:
@@ -81,53 +88,44 @@ def _grouped_kernel(
             w = tl.make_tensor_descriptor(
                 w_ptr, [experts, K, N], [stride_we, stride_wk, 1], [1, BLOCK_K, BLOCK_N]
             )
-    for expert in range(0, experts):
-        end = _ends(offsets_ptr, expert, start, tokens)
-        tiles_m = tl.cdiv(end - start, BLOCK_M)
-        last = first + tiles_m * tiles_n
-        for number in range(tile, last, tl.num_programs(0)):
-            tile_m, tile_n = tile_at(number - first, tiles_m, tiles_n, GROUP_M)
-            at_m, at_n = start + tile_m * BLOCK_M, tile_n * BLOCK_N
-            row = at_m.to(tl.int64) + tl.arange(0, BLOCK_M)
-            col = at_n.to(tl.int64) + tl.arange(0, BLOCK_N)
-            if TMA:
-                acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-                for step in range(tl.cdiv(K, BLOCK_K)):
-                    left = x.load([at_m, step * BLOCK_K])
-                    right = _weight_block(w, expert, step * BLOCK_K, at_n, W_TRANSPOSED)
-                    acc = tl.dot(left, right, acc, input_precision=PRECISION)
-            else:
-                here = w_ptr + expert * tl.cast(stride_we, tl.int64)
-                acc, _ = accumulate(
-                    x_ptr, here, None, row, col, end, N, K, 0, K, stride_xm, stride_xk, stride_wk,
-                    stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
-                )  # fmt: skip
-            if bias_ptr is not None:
-                b = tl.load(bias_ptr + expert * N + col, mask=col < N, other=0.0)
-                acc += b.to(tl.float32)[None, :]
-            mask = (row < end)[:, None] & (col < N)[None, :]
-            at = row[:, None] * N + col[None, :]
-            tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
-        tile += tl.cdiv(tl.maximum(last - tile, 0), tl.num_programs(0)) * tl.num_programs(0)
-        start, first = end, last
-    # the rows of no expert
-    zeros = tl.zeros([BLOCK_M, BLOCK_N], y_ptr.dtype.element_ty)
-    for number in range(tl.program_id(0), tl.cdiv(tokens - start, BLOCK_M), tl.num_programs(0)):
-        at_m = start + number * BLOCK_M
+    for number in range(tl.program_id(0), tl.sum(tiles, axis=0), tl.num_programs(0)):
+        expert = tl.sum((lasts <= number).to(tl.int32), axis=0)
+        start, end = _pick(starts, expert, BLOCK_E), _pick(ends, expert, BLOCK_E)
+        place = number - (_pick(lasts, expert, BLOCK_E) - _pick(tiles, expert, BLOCK_E))
+        tile_m, tile_n = tile_at(place, tl.cdiv(end - start, BLOCK_M), tiles_n, GROUP_M)
+        at_m, at_n = start + tile_m * BLOCK_M, tile_n * BLOCK_N
         row = at_m.to(tl.int64) + tl.arange(0, BLOCK_M)
-        for at_n in range(0, N, BLOCK_N):
-            col = at_n + tl.arange(0, BLOCK_N)
-            mask = (row < tokens)[:, None] & (col < N)[None, :]
-            tl.store(y_ptr + row[:, None] * N + col[None, :], zeros, mask=mask)
+        col = at_n.to(tl.int64) + tl.arange(0, BLOCK_N)
+        inner = tl.where(expert < experts, K, 0)  # rows of no expert: an empty sum
+        if TMA:
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for step in range(tl.cdiv(inner, BLOCK_K)):
+                left = x.load([at_m, step * BLOCK_K])
+                right = _weight_block(w, expert, step * BLOCK_K, at_n, W_TRANSPOSED)
+                acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        else:
+            acc, _ = accumulate(
+                x_ptr, w_ptr + expert.to(tl.int64) * stride_we, None, row, col, end, N, inner, 0,
+                inner, stride_xm, stride_xk, stride_wk, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K,
+                EVEN_K, PRECISION,
+            )  # fmt: skip
+        if bias_ptr is not None:
+            known = (col < N) & (expert < experts)
+            b = tl.load(bias_ptr + expert.to(tl.int64) * N + col, mask=known, other=0.0)
+            acc += b.to(tl.float32)[None, :]
+        mask = (row < end)[:, None] & (col < N)[None, :]
+        at = row[:, None] * N + col[None, :]
+        tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "experts"])
 def _grouped_weight_kernel(
     dy_ptr,
     x_ptr,
     offsets_ptr,
     dw_ptr,
     tokens,
+    experts,
     N,
     K,
     stride_dm,
@@ -140,10 +138,12 @@ def _grouped_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     # Program (t, e) owns tile t of dW[e] [N, K] and sums over the rows of expert e.
     expert = tl.program_id(1)
-    start, end = _expert_rows(offsets_ptr, expert, tokens)
+    starts, ends = _segments(offsets_ptr, experts, tokens, BLOCK_E)
+    start, end = _pick(starts, expert, BLOCK_E), _pick(ends, expert, BLOCK_E)
     tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
     row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -158,19 +158,22 @@ def _grouped_weight_kernel(
     tl.store(dw_ptr + at, acc.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "experts"])
 def _grouped_bias_kernel(
     dy_ptr,
     offsets_ptr,
     db_ptr,
     tokens,
+    experts,
     N,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     # Program (c, e) owns column block c of db[e] and sums over the rows of expert e, in order.
     expert = tl.program_id(1)
-    start, end = _expert_rows(offsets_ptr, expert, tokens)
+    starts, ends = _segments(offsets_ptr, experts, tokens, BLOCK_E)
+    start, end = _pick(starts, expert, BLOCK_E), _pick(ends, expert, BLOCK_E)
     col = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
     for block in range(start, end, BLOCK_ROWS):
@@ -182,10 +185,20 @@ def _grouped_bias_kernel(
     tl.store(db_ptr + at, db.to(db_ptr.dtype.element_ty), mask=col < N)
 
 
-def _config(rows, n, k, dtype, device, experts, tf32):
-    """The heuristic config of one expert's product, as if the device were shared out evenly."""
-    sms = max(1, multiprocessors(device) // max(1, experts))
-    return default_config(rows, n, k, dtype, capability(device), sms, tf32=tf32)
+def grouped_config(m, n, k, dtype, capability, sms, *, tf32=False):
+    """The heuristic config of one expert's product on its share of the multiprocessors."""
+    held = lanes(capability, True)
+    return default_config(m, n, k, dtype, capability, max(1, sms), tf32=tf32, lanes=held)
+
+
+def _config(m, n, k, x, experts, tf32):
+    """As if the device were shared out evenly among the experts."""
+    sms = multiprocessors(x.device) // max(1, experts)
+    return grouped_config(m, n, k, x.dtype, capability(x.device), sms, tf32=tf32)
+
+
+def _block_e(experts):
+    return triton.next_power_of_2(experts + 1)
 
 
 def _describable_experts(weights):
@@ -205,7 +218,7 @@ def grouped_matmul(x, weights, offsets, bias=None, *, tf32=False, config=None):
     if not y.numel():
         return y
     if config is None:
-        config = _config(-(-tokens // max(1, experts)), n, k, x.dtype, x.device, experts, tf32)
+        config = _config(-(-tokens // max(1, experts)), n, k, x, experts, tf32)
     tiles = (triton.cdiv(tokens, config.block_m) + experts) * triton.cdiv(n, config.block_n)
     tma = bool(config.tma and k and experts and x.stride(1) == 1)
     tma = tma and describable(x) and _describable_experts(weights)
@@ -215,8 +228,8 @@ def grouped_matmul(x, weights, offsets, bias=None, *, tf32=False, config=None):
         _grouped_kernel[(min(tiles, multiprocessors(x.device)),)](
             x, weights, offsets.contiguous(), None if bias is None else bias.contiguous(), y,
             tokens, n, k, experts, *x.stride(), *weights.stride(),
-            "tf32" if tf32 and x.dtype == torch.float32 else "ieee", config.block_m,
-            config.block_n, config.block_k, config.group_m, k % config.block_k == 0, tma,
+            precision(x.dtype, tf32), config.block_m, config.block_n, config.block_k,
+            config.group_m, k % config.block_k == 0, _block_e(experts), tma,
             weights.stride(1) == 1, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return y
@@ -236,15 +249,13 @@ def grouped_weight_grad(
     if not out.numel():
         return out
     if config is None:
-        mean = -(-tokens // experts)
-        config = _config(n, k, mean, x.dtype, x.device, experts, tf32)
+        config = _config(n, k, -(-tokens // experts), x, experts, tf32)
     tiles = triton.cdiv(n, config.block_m) * triton.cdiv(k, config.block_n)
     with on(x.device):
         _grouped_weight_kernel[(tiles, experts)](
-            dy, x, offsets.contiguous(), out, tokens, n, k, *dy.stride(), *x.stride(), accumulate,
-            "tf32" if tf32 and x.dtype == torch.float32 else "ieee", config.block_m,
-            config.block_n, config.block_k, config.group_m, num_warps=config.warps,
-            num_stages=config.stages,
+            dy, x, offsets.contiguous(), out, tokens, experts, n, k, *dy.stride(), *x.stride(),
+            accumulate, precision(x.dtype, tf32), config.block_m, config.block_n, config.block_k,
+            config.group_m, _block_e(experts), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out
 
@@ -256,6 +267,7 @@ def grouped_bias_grad(dy, offsets, experts):
     if db.numel():
         with on(dy.device):
             _grouped_bias_kernel[(triton.cdiv(n, 128), experts)](
-                dy.contiguous(), offsets.contiguous(), db, tokens, n, 16, 128, num_warps=4
-            )
+                dy.contiguous(), offsets.contiguous(), db, tokens, experts, n, 16, 128,
+                _block_e(experts), num_warps=4,
+            )  # fmt: skip
     return db

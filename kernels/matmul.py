@@ -16,6 +16,8 @@ from fastllm.kernels.tiles import (
     capability,
     contiguous_rows,
     describable,
+    lanes,
+    precision,
     tile_at,
     workspace,
 )
@@ -291,10 +293,6 @@ def _add_splits_kernel(
     )  # fmt: skip
 
 
-def _precision(dtype, tf32):
-    return "tf32" if tf32 and dtype == torch.float32 else "ieee"
-
-
 def matmul(
     a, b, bias=None, residual=None, *, activation=None, scale=1.0, out=None, accumulate=False,
     preactivation=False, tf32=False, config=None,
@@ -333,13 +331,15 @@ def _launch(
     chip, products = capability(a.device), 1 if b2 is None else 2
     if config is None:
         sms = multiprocessors(a.device)
-        config = default_config(m, n, k, dtype, chip, sms, tf32=tf32, products=products)
+        plain = activation is None and residual is None and not preactivation
+        held = 128 if plain and b2 is None else lanes(chip, plain or b2 is not None)
+        config = default_config(m, n, k, dtype, chip, sms, tf32=tf32, products=products, lanes=held)
     bias = None if bias is None else bias.contiguous()
     residual = contiguous_rows(residual)
     stride_rm = 0 if residual is None else residual.stride(0)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     programs = min(tiles, multiprocessors(a.device)) if config.persistent else tiles
-    precision = _precision(dtype, tf32)
+    rounding = precision(dtype, tf32)
     strides = (*a.stride(), *b.stride())
     blocks = (config.block_m, config.block_n, config.block_k, config.group_m)
     options = {"num_warps": config.warps, "num_stages": config.stages}
@@ -349,7 +349,7 @@ def _launch(
             _matmul_tma_kernel[(programs,)](
                 a, b, b2, bias, residual, c, pre, pre2, m, n, k, max(a.stride()), max(b.stride()),
                 stride_rm, c.stride(0), scale, a.stride(1) != 1, b.stride(1) != 1, activation,
-                accumulate, precision, *blocks, config.specialize, config.persistent, **options,
+                accumulate, rounding, *blocks, config.specialize, config.persistent, **options,
             )  # fmt: skip
             return c, pre, pre2
         even = k % config.block_k == 0
@@ -357,13 +357,13 @@ def _launch(
         if split == 1:
             _matmul_kernel[(programs, 1, 1)](
                 a, b, b2, bias, residual, c, pre, pre2, m, n, k, *strides, stride_rm, c.stride(0),
-                0, 0, 0, scale, activation, accumulate, precision, *blocks, 1, even, **options,
+                0, 0, 0, scale, activation, accumulate, rounding, *blocks, 1, even, **options,
             )  # fmt: skip
             return c, pre, pre2
         parts = torch.empty((split, m, n), dtype=torch.float32, device=a.device)
         _matmul_kernel[(programs, split, 1)](
             a, b, None, None, None, parts, None, None, m, n, k, *strides, 0, n, 0, 0, 0, 1.0, None,
-            False, precision, *blocks, split, even, **options,
+            False, rounding, *blocks, split, even, **options,
         )  # fmt: skip
         block_m, block_n = 16, 64
         _add_splits_kernel[(triton.cdiv(m, block_m), triton.cdiv(n, block_n))](
@@ -390,7 +390,7 @@ def batched_matmul(a, b, *, tf32=False, config=None):
             _matmul_kernel[(tiles, 1, min(MAX_BATCH, batch - first))](
                 a[part], b[part], None, None, None, c[part], None, None, m, n, k, *a.stride()[1:],
                 *b.stride()[1:], 0, n, a.stride(0), b.stride(0), m * n, 1.0, None, False,
-                _precision(a.dtype, tf32), *blocks, 1, k % config.block_k == 0,
+                precision(a.dtype, tf32), *blocks, 1, k % config.block_k == 0,
                 num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
     return c

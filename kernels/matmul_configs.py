@@ -48,15 +48,15 @@ def configs(dtype, capability, products=1):
     return [c for c in plain if fits(c, capability, dtype, products)]
 
 
-def default_config(m, n, k, dtype, capability, sms, *, tf32=False, products=1):
+def default_config(m, n, k, dtype, capability, sms, *, tf32=False, products=1, lanes=128):
     """The config to take untried: the largest block that still gives every multiprocessor a tile.
 
     m, n, k: the product's sizes; capability: (major, minor), None for AMD; sms: multiprocessors;
-    products: 2 for a gated pair.
+    products: 2 for a gated pair; lanes: accumulators that one thread may hold.
     """
-    found = [
-        c for c in _candidates(dtype, capability, tf32) if fits(c, capability, dtype, products)
-    ]
+    known = _candidates(dtype, capability, tf32)
+    found = [c for c in known if c.lane_values(products) <= lanes]
+    found = [c for c in found if fits(c, capability, dtype, products)]
     # blocks much taller than M waste their rows
     low = [c for c in found if c.block_m <= max(16, triton.next_power_of_2(m))] or found[-1:]
     for config in low:
@@ -73,16 +73,13 @@ def _tiles(config, m, n):
 def _candidates(dtype, capability, tf32):
     """From large to small; the last is for a few rows."""
     if dtype == torch.float32:
-        large = (
-            Config(128, 128, 32, 8, 3) if tf32 else Config(128, 64, 16, 8, 3),
-            Config(64, 64, 32 if tf32 else 16, 4, 3),
-        )
-        return (
-            *large,
-            Config(64, 64, 16, 4, 2),
-            Config(32, 32, 32, 4, 3),
-            Config(16, 32, 32, 2, 3),
-        )
+        large = (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 3))
+        if not tf32:
+            blackwell = capability is not None and capability >= (10, 0)
+            large = (Config(128, 64, 16, 8, 3), Config(64, 64, 16, 4, 3))
+            large = (Config(128, 128, 16, 8, 3),) if blackwell else large
+        small = (Config(64, 64, 16, 4, 2), Config(32, 32, 32, 4, 3), Config(16, 32, 32, 2, 3))
+        return (*large, *small)
     small = (Config(64, 64, 64, 4, 4), Config(32, 64, 64, 4, 4), Config(16, 64, 64, 4, 4))
     if capability is None:  # 64 KB a workgroup, and a stage less than on NVIDIA's
         small = (Config(64, 64, 64, 4, 2), Config(32, 64, 64, 4, 2), Config(16, 64, 64, 4, 2))
@@ -97,7 +94,8 @@ def _candidates(dtype, capability, tf32):
     return (
         Config(128, 256, 32, 8, 3),
         Config(128, 128, 32, 4, 4),
-        Config(64, 128, 64, 4, 3),
+        Config(128, 128, 32, 8, 3),
+        Config(64, 128, 32, 4, 3),
         *small,
     )
 

@@ -99,6 +99,16 @@ def contiguous_rows(matrix):
     return matrix if matrix is None or matrix.stride(1) == 1 else matrix.contiguous()
 
 
+def precision(dtype, tf32):
+    """How tl.dot rounds its operands."""
+    return "tf32" if tf32 and dtype == torch.float32 else "ieee"
+
+
+def lanes(capability, plain):
+    """fp32 accumulators that a thread may hold without spilling; plain: no epilogue to speak of."""
+    return 128 if plain and (capability is None or capability >= (9, 0)) else 64
+
+
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """The activation of an fp32 block; NaN stays NaN."""

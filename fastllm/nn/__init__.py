@@ -7,18 +7,20 @@ from fastllm.nn.activation import GELU, SiLU
 from fastllm.nn.linear import Linear
 from fastllm.nn.loss import CrossEntropyLoss, DistillationLoss, LinearCrossEntropyLoss
 from fastllm.nn.mlp import MLP, GatedMLP
+from fastllm.nn.moe import MoE
 from fastllm.nn.norm import GroupNorm, LayerNorm, RMSNorm
 
 __all__ = [
-    "GELU",
-    "MLP",
     "CrossEntropyLoss",
     "DistillationLoss",
+    "GELU",
     "GatedMLP",
     "GroupNorm",
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
+    "MLP",
+    "MoE",
     "RMSNorm",
     "SiLU",
 ]

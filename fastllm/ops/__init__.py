@@ -5,6 +5,7 @@ from fastllm.ops import grouped as grouped
 from fastllm.ops import linear_loss as linear_loss
 from fastllm.ops import loss as loss
 from fastllm.ops import matmul as matmul
+from fastllm.ops import moe as moe
 from fastllm.ops import norm as norm
 from fastllm.ops import softmax as softmax
 from fastllm.ops import embedding as embedding

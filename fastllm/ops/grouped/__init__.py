@@ -38,7 +38,7 @@ grouped_linear_op = register(
         ],
         cost=spec.cost,
         cases=cases(),
-        autocast={"cpu": torch.bfloat16},
+        autocast={"cpu": torch.bfloat16, "cuda": torch.float16},
     )
 )
 
@@ -64,4 +64,16 @@ def grouped_linear(
     an expert without rows. Raises ValueError or TypeError for arguments that do not fit,
     fastllm.UnsupportedError when `backend` cannot serve the call.
     """
+    kind = input.device.type if isinstance(input, Tensor) else "cpu"
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        input, weights, bias = (_cast(t, dtype) for t in (input, weights, bias))
+        with torch.autocast(kind, enabled=False):
+            return grouped_linear_op(input, weights, offsets, bias, backend=backend)
     return grouped_linear_op(input, weights, offsets, bias, backend=backend)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """As autocast casts the arguments of torch's own linear."""
+    low = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if low else value

@@ -12,7 +12,7 @@ FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.flo
 NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16", FP64: "fp64"}
 
 # (rows, K, N, experts): 512 tokens to 2 of 8 experts (Mixtral's way), to 8 of 64 (Qwen's way)
-BENCH_SHAPES = ((1024, 1024, 3584, 8), (4096, 1024, 512, 64), (16, 1024, 3584, 8))
+BENCH_SHAPES = ((1024, 512, 1792, 8), (4096, 512, 256, 64), (16, 512, 1792, 8))
 # rows of each expert, rows that belong to none, K, N
 TEST_SHAPES: tuple[tuple[tuple[int, ...], int, int, int], ...] = (
     ((1,), 0, 1, 1),
