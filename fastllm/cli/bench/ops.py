@@ -24,6 +24,11 @@ INTENSITY = 10  # operations that take about as long as moving a byte does
 QUICK = ("forward", "forward+backward")  # backward is about their difference
 
 
+def public(op: Op) -> bool:
+    """Whether a user can call it; the others are parts of those, and timed with them."""
+    return hasattr(functional, op.name)
+
+
 def subject(op: Op) -> Subject:
     """What the bench times of an op."""
     prover = Prover(op)

@@ -34,8 +34,8 @@ class Item:
 
 
 def subjects() -> list[Subject]:
-    """All ops that have a case to time, and all that is registered beyond ops."""
-    found = [ops.subject(op) for op in OPS.values()]
+    """All public ops that have a case to time, and all that is registered beyond ops."""
+    found = [ops.subject(op) for op in OPS.values() if ops.public(op)]
     return [s for s in [*found, *subject.load().values()] if s.scenarios]
 
 

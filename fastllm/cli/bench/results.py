@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastllm.cli.app import CliError
+from fastllm.cli.bench import peers
 from fastllm.cli.console import write_atomically
 from fastllm.core.device import cpu_info, describe
 from fastllm.core.limits import Limits
@@ -75,6 +76,7 @@ def header(device: str) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": _version("triton"),
+            **peers.versions(device),
         },
         "build": _build(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
