@@ -8,7 +8,6 @@ from fastllm.ops.grouped import grouped_linear
 from fastllm.ops.linear_loss import linear_cross_entropy, token_log_probs
 from fastllm.ops.loss import cross_entropy, distillation_loss, hidden_state_loss
 from fastllm.ops.matmul import gated_linear, linear, matmul
-from fastllm.ops.embedding import embedding
 from fastllm.ops.moe import moe_permute, moe_route, moe_unpermute
 from fastllm.ops.norm import (
     add_layer_norm,

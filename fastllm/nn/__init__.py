@@ -11,15 +11,15 @@ from fastllm.nn.moe import MoE
 from fastllm.nn.norm import GroupNorm, LayerNorm, RMSNorm
 
 __all__ = [
+    "GELU",
+    "MLP",
     "CrossEntropyLoss",
     "DistillationLoss",
-    "GELU",
     "GatedMLP",
     "GroupNorm",
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
-    "MLP",
     "MoE",
     "RMSNorm",
     "SiLU",
