@@ -16,6 +16,9 @@ INLINE Vec abs(Vec a) { return {(Floats)((Ints)a.v & 0x7fffffff)}; }
 INLINE Vec with_sign(Vec a, Vec s) {
   return {(Floats)((Ints)a.v | ((Ints)s.v & int32_t(0x80000000)))};
 }
+INLINE Vec at_least(Vec x, float low) { return at_least(x, set1(low)); }
+INLINE Vec at_most(Vec x, float high) { return at_most(x, set1(high)); }
+
 // Evaluates c[0] + c[1] x + ... by Horner's rule.
 template <int N>
 INLINE Vec polynomial(Vec x, const float (&c)[N]) {
