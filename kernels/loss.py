@@ -40,8 +40,9 @@ def _slope(x, scale, cap, CAPPED: tl.constexpr):
     """The derivative of _logits: scale * (1 - tanh^2), exact where tanh is 1."""
     d = scale + tl.zeros_like(x.to(tl.float32))
     if CAPPED:
-        e = tl.exp(-2.0 * tl.abs(x.to(tl.float32) * scale / cap))
-        d = 4.0 * scale * e / ((1.0 + e) * (1.0 + e))
+        y = x.to(tl.float32) * scale / cap
+        e, t = tl.exp(-2.0 * tl.abs(y)), _tanh(y)
+        d = scale * tl.where(tl.abs(t) < 0.5, 1.0 - t * t, 4.0 * e / ((1.0 + e) * (1.0 + e)))
     return d
 
 
