@@ -9,10 +9,12 @@ import torch.nn.functional as F
 
 import fastllm
 from fastllm import _C
+from fastllm.core.measure import Measurement
 from fastllm.core.op import OPS
 from fastllm.core.proof import run
 from fastllm.core.tuner import facts, jobs, routes, search, store, table
 from fastllm.core.tuner.tunable import TUNABLES, Tunable
+from fastllm.ops.matmul import products
 
 LAYER = OPS["layer_norm"]
 
@@ -373,6 +375,40 @@ def test_the_winner_is_never_far_from_the_best():
     assert (
         search.decide([{"a": 3.0, "b": 1.0, "c": 1.2}, {"a": 3.0, "b": 2.0, "c": 1.0}], "a") == "c"
     )
+
+
+def test_within_the_noise_the_default_stays():
+    assert search.decide([{"a": 1.0, "b": 0.9}], "a", {"a": 0.0, "b": 0.2}) == "a"
+    assert search.decide([{"a": 1.0, "b": 0.9}], "a", {"a": 0.0, "b": 0.01}) == "b"
+
+
+def test_what_wins_by_a_hiccup_is_not_found_twice(tuned, monkeypatch):
+    rounds = iter(([2.0] * 5, [1.0] * 5))  # what the default takes: slow in the first heat only
+
+    def fake(candidates, **_):
+        slow = next(rounds)
+        return Measurement({n: slow if n == "a" else [1.0] * 5 for n in candidates}, [0] * 5)
+
+    monkeypatch.setattr(search, "interleave", fake)
+    trial = search.Trial({"a": lambda: None, "b": lambda: None})
+    job = search.Job("cpu", "toy.forward", "norm", "1 t1", (lambda: trial,))
+    assert search.measure(job, 0.1).after == "a"
+    assert next(rounds, None) is None
+
+
+def test_a_products_library_is_measured_by_itself(tuned):
+    """Also ours where the heuristic says torch: the op's own "cpu" would only ask the heuristic."""
+    sizes = (96, 64, 80, True, True, torch.float32)
+    candidates = products.LIBRARY.candidates("cpu", sizes)
+    assert {c["library"] for c in candidates.values()} >= {"cpu", "torch"}
+    found = jobs.sizes_of(jobs.of_cases([OPS["linear"]], "cpu", frozenset({"quick"})))
+    assert len(found["matmul.library"]) > 10
+    for name in ("cpu", "torch"):
+        key = products.LIBRARY.word("cpu", sizes)
+        made = table.entry("matmul", "cpu", {"library": name}, {name: 1e-6})
+        table.learn("cpu", {"matmul.library": {key: made}}, keep=False)
+        assert products.choose(torch.randn(96, 64), torch.randn(80, 64)) == name
+    assert not jobs.of_tunables([products.LIBRARY], "cuda:0")
 
 
 def test_search_finds_what_is_faster_and_keeps_it(tuned):

@@ -84,7 +84,13 @@ def plan(args: argparse.Namespace, device: str, threads: int | None) -> list[Job
             raise CliError(f"--shapes: no op takes {' '.join(args.shapes)}")
     else:
         seen = jobs.of_cases(ops, device)
-    found = jobs.of_tunables(configs, device, threads) if not args.shapes else []
+    called: dict[str, set[tuple]] = {}
+    if configs:  # what the calls ask for, and the samples unless calls are named
+        called = jobs.sizes_of([s for s in seen if s.op.family in {t.family for t in configs}])
+    if not args.shapes:
+        for tunable in configs:
+            called.setdefault(tunable.name, set()).update(tunable.samples)
+    found = jobs.of_tunables(configs, device, threads, called)
     return [*found, *jobs.jobs_of(seen, device, threads)]
 
 

@@ -85,17 +85,32 @@ def _cpu_model(path: str = "/proc/cpuinfo") -> str:
 # ---- the sources of the kernels
 
 
+# families whose kernels are not named after them; (): Python code in the family's cpu.py
+_KERNELS = {
+    ("matmul", "cpu"): ("gemm", "gemm_epilogue", "gemm_micro", "gemm_pack", "gemm_thin"),
+    ("matmul", "cuda"): ("matmul", "matmul_backward", "matmul_configs"),
+    ("activation", "cpu"): ("activation", "elementwise"),
+    ("grouped", "cpu"): (),
+    ("moe", "cpu"): (),
+    ("loss", "cpu"): ("loss", "distill"),
+}
+
+
 @functools.cache
 def source_hash(family: str, kind: str) -> str:
     """A hash of the kernels of a family of ops for devices of this kind ("cpu" or a GPU's).
 
-    Kernels are found by name: norm's are in norm.* and group_norm.*. Where no file is named after
-    the family, every kernel counts.
+    Kernels are found by name: norm's are in norm.* and group_norm.*, or in the list above. Where
+    no file is known, every kernel counts.
     """
+    named = _KERNELS.get((family, kind))
+    if named == ():
+        code = (_PACKAGE / "ops" / family / "cpu.py").read_bytes()
+        return hashlib.sha256(code).hexdigest()[:12]
     pairs = [p.split(":") for p in _C.sources.split(",") if p]
     hashes = dict(pairs) if kind == "cpu" else _triton_sources()
-    own = {n: h for n, h in hashes.items() if n == family or n.endswith(f"_{family}")}
-    text = repr(sorted((own or hashes).items()))
+    mine = named or {n for n in hashes if n == family or n.endswith(f"_{family}")} or {*hashes}
+    text = repr(sorted((n, h) for n, h in hashes.items() if n in mine))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -101,9 +101,7 @@ def _trial(seen: Sighting) -> Callable[[], Trial]:
         training = seen.direction == routes.TRAINING
         upstream: tuple[Tensor, ...] = ()
         if training:
-            args = tuple(
-                a.detach().requires_grad_() if i in wanted else a for i, a in enumerate(args)
-            )
+            args = _wanting(op, args)
             upstream = tuple(torch.randn_like(o) for o in _outputs(op(*args, backend="torch")))
         device = next(args[i].device for i in op.tensors if isinstance(args[i], Tensor))
         sets = min(_MOST_SETS, rotation(size_of((args, upstream)), device))
@@ -247,6 +245,8 @@ def of_tunables(
     found: dict[tuple[str, str], Job] = {}
     with thread_count(threads if device == "cpu" else None):
         for tunable in tunables:
+            if tunable.kind not in (None, torch.device(device).type):
+                continue
             mine = tunable.samples if seen is None else seen.get(tunable.name, ())
             for sizes in mine:
                 configs = tunable.candidates(device, sizes)
@@ -258,6 +258,32 @@ def of_tunables(
                     device, tunable.name, tunable.family, key[1], (make,), threads, dict(configs)
                 )
     return list(found.values())
+
+
+def sizes_of(sightings: Iterable[Sighting]) -> dict[str, set[tuple]]:
+    """The sizes for which these calls ask tunables, by name: each is run once to see."""
+    last = {seen.build: seen for seen in sightings}  # training, which is forward and more
+
+    def once() -> None:
+        for seen in last.values():
+            args = seen.build()
+            if not _worth_it(seen.op, args):
+                continue
+            if seen.direction == routes.TRAINING:
+                outputs = _outputs(seen.op(*_wanting(seen.op, args)))
+                torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+            else:
+                seen.op(*args)
+
+    return {name: found for sizes in record(once).sizes.values() for name, found in sizes.items()}
+
+
+def _wanting(op: Op, args: tuple) -> tuple:
+    """`args` of which all that can have a gradient want one."""
+    return tuple(
+        a.detach().requires_grad_() if i in op.gradients and isinstance(a, Tensor) else a
+        for i, a in enumerate(args)
+    )
 
 
 def _config_trial(tunable: Tunable, device: str, sizes: tuple, configs: dict[str, Config]) -> Trial:

@@ -1,7 +1,8 @@
 """Candidates against one another, and what wins; nothing in here runs on an ordinary call."""
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,20 +73,19 @@ def measure(job: Job, budget: float) -> Change | None:
 
 
 def _measure(job: Job, budget: float) -> Change | None:
-    found: list[Measurement] = []
-    default = ""
-    for make in job.trials:
-        trial = make()
-        default = next(iter(trial.candidates))
-        found.append(_rounds(trial, job, default, budget / len(job.trials)))
-    common = set.intersection(*({*m.samples} for m in found))
+    found, default = _heats(job, None, budget)
+    common = _common(found)
     if len(common) < 2:
         return None
+    times, doubt = _quotients(found, default)
+    winner = decide(times, default, doubt)
+    if winner != default and default in common:  # what a hiccup brought is not found twice
+        found, _ = _heats(job, (default, winner), 2 * budget)
+        if _common(found) == {default, winner}:
+            times, doubt = _quotients(found, default)
+            winner = decide(times, default, doubt)
     base = default if default in common else min(common)
-    # quotients within a round: a machine that slows down in between slows all down
-    times = [{name: 1 / m.speedup(name, over=base).value for name in common} for m in found]
-    winner = decide(times, default)
-    ratio = min(t[base] / t[winner] for t in times)
+    ratio = min(t.get(base, 1.0) / t[winner] for t in times)
     before = job.known
     named = job.values.get(default, default)
     return Change(
@@ -95,21 +95,62 @@ def _measure(job: Job, budget: float) -> Change | None:
         named if before is None else before,
         job.values.get(winner, winner),
         ratio,
-        {name: found[0].seconds(name) for name in sorted(common)},
+        {name: found[0].seconds(name) for name in sorted(_common(found))},
     )
 
 
-def decide(times: Sequence[dict[str, float]], default: str) -> str:
+def _heats(job: Job, names: Iterable[str] | None, budget: float) -> tuple[list[Measurement], str]:
+    """Rounds on every shape of a job, of all candidates or those named; and the default's name."""
+    found: list[Measurement] = []
+    default = ""
+    for make in job.trials:
+        trial = make()
+        default = next(iter(trial.candidates))
+        if names is not None:
+            trial = Trial({n: trial.candidates[n] for n in names}, trial.sets)
+        found.append(_rounds(trial, job, default, budget / len(job.trials)))
+    return found, default
+
+
+def _common(found: Sequence[Measurement]) -> set[str]:
+    return set.intersection(*({*m.samples} for m in found))
+
+
+def _quotients(
+    found: Sequence[Measurement], default: str
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """(what each candidate takes in units of the default, how far each of that may be off).
+
+    From quotients within a round: a machine that slows down in between slows all down.
+    """
+    common = _common(found)
+    base = default if default in common else min(common)
+    times: list[dict[str, float]] = []
+    doubt = dict.fromkeys(common, 0.0)
+    for measurement in found:
+        ratios = {name: measurement.speedup(name, over=base) for name in common}
+        times.append({name: 1 / r.value for name, r in ratios.items()})
+        for name, r in ratios.items():  # twice a median's standard error, were it normal
+            error = 1.86 * (r.high - r.low) / r.value / math.sqrt(measurement.rounds)
+            doubt[name] = max(doubt[name], error)
+    return times, doubt
+
+
+def decide(
+    times: Sequence[dict[str, float]], default: str, doubt: Mapping[str, float] | None = None
+) -> str:
     """The candidate that is never far from the best one, over all shapes of a bucket.
 
-    `times` has a dict a shape: what each candidate takes, in any unit.
+    `times` has a dict a shape: what each candidate takes, in any unit. The default stays where
+    the best one leads by no more than TIE and the `doubt` about it (a share of its time).
     """
 
     def regret(name: str) -> float:
         return max(t[name] / min(t.values()) for t in times)
 
     best = min(times[0], key=regret)
-    if default in times[0] and regret(default) <= TIE * regret(best):
+    lead = TIE + (doubt or {}).get(best, 0.0)
+    if default in times[0] and regret(default) <= lead * regret(best):
         return default
     return best
 

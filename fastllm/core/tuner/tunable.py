@@ -40,6 +40,7 @@ class Tunable:
     run       run(config, *arguments)
     samples   sizes worth tuning when nobody says which
     fits      fits(config, device, *sizes): False for a config that cannot run or cannot win
+    kind      the only type of device that it is about: "cpu" or "cuda"; None: every one
     """
 
     def __init__(
@@ -53,12 +54,13 @@ class Tunable:
         run: Callable[..., Any],
         samples: Sequence[Sizes] = (),
         fits: Callable[..., bool] | None = None,
+        kind: str | None = None,
     ) -> None:
         if name in TUNABLES:
             raise ValueError(f"name: a tunable {name!r} exists already")
         self.name, self.family = name, family
         self.configs, self.default, self.build, self.run = configs, default, build, run
-        self.samples, self.fits = tuple(samples), fits
+        self.samples, self.fits, self.kind = tuple(samples), fits, kind
         self.seen: set[tuple[str, Sizes]] | None = None  # calls that are being recorded
         self._known: dict[tuple, Config] = {}
         TUNABLES[name] = self

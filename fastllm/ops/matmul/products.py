@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastllm import _C
 from fastllm.core.memory import empty
-from fastllm.core.op import OPS
+from fastllm.core.tuner.tunable import Tunable
 from fastllm.ops.matmul import packed
 from fastllm.ops.matmul.reference import activate
 
@@ -207,50 +207,87 @@ PRODUCTS: dict[str, Product] = {"cpu": cpu, "onednn": onednn, "torch": stock}
 
 
 def choose(a: Tensor, b: Tensor) -> str:
-    """The library for a [M, K] and b [N, K]: measured here by the tuner, else likely fastest.
-
-    A product is a linear of its operands, whichever of Y, dX and dW it is: so it asks its table.
-    """
+    """The library for a [M, K] and b [N, K]: measured here by the tuner, else likely fastest."""
     if packed.PACKS and a.shape[0] > THIN_ROWS and packed.pointer(b):
         return "cpu"
-    routes = OPS["linear"].routes
-    if routes is not None:
-        found = routes.find((a, b, None, None, None), False)
-        if found is not None and found.name in PRODUCTS:
-            return found.name
-    return likely(a, b)
+    # whether the long side of each lies as in Y = X W^T decides, and the sizes
+    sizes = (*a.shape, b.shape[0], a.stride(1) == 1, b.stride(1) == 1, a.dtype)
+    return LIBRARY(a.device, *sizes)["library"]
 
 
-def likely(a: Tensor, b: Tensor) -> str:
+def likely(m: int, k: int, n: int, a_along: bool, b_along: bool, dtype: torch.dtype) -> str:
     """The library that is likely fastest, from measurements on other machines.
 
     A thin product is bound by reading b: ours reads it at the speed of memory. Else MKL is near
     the peak on Intel in float32 and oneDNN in bfloat16 wherever there are instructions for it.
     """
-    m, k, n = a.shape[0], a.shape[1], b.shape[0]
     if m == 0 or n == 0 or k == 0 or k * n < 4096:
         return "torch"
-    along = b.stride(1) == 1  # as a weight lies; else as in dX
-    dtype = a.dtype
-    if m <= THIN_ROWS and (along or dtype != torch.float32):
+    # b_along: as a weight lies; else as in dX
+    if m <= THIN_ROWS and (b_along or dtype != torch.float32):
         return "cpu"
     fast, native_half, native_bf16, intel = _machine()
     if not fast:
         return "torch"
     if dtype == torch.float32:
-        if m <= 32 and along:
+        if m <= 32 and b_along:
             return "cpu"
         if k < 64:  # writing the result takes longer than computing it
             return "torch"
         if intel:
             return "torch"
-        return "onednn" if a.stride(1) == 1 and onednn_missing(dtype) is None else "cpu"
+        return "onednn" if a_along and onednn_missing(dtype) is None else "cpu"
     if dtype == torch.float16:
         return "torch" if native_half else "cpu"
     if not native_bf16:
         return "cpu"
-    weight_gradient = a.stride(1) != 1 and m >= 256 and torch.get_num_threads() > 1
+    weight_gradient = not a_along and m >= 256 and torch.get_num_threads() > 1
     return "cpu" if _C.isa() == "amx" and weight_gradient else "torch"
+
+
+def _operands(
+    device: torch.device, m: int, k: int, n: int, a_along: bool, b_along: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """a [M, K] and b [N, K] in the layouts that are asked for."""
+
+    def operand(rows: int, along: bool) -> Tensor:
+        shape = (rows, k) if along else (k, rows)
+        made = torch.randn(shape, device=device).to(dtype)
+        return made if along else made.t()
+
+    return operand(m, a_along), operand(n, b_along)
+
+
+def _can(config: dict[str, Any], device: str, m: int, k: int, n: int, *rest: Any) -> bool:
+    """Whether a library is worth a measurement: oneDNN falls back to torch on small products."""
+    if 0 in (m, k, n):
+        return False
+    if config["library"] == "onednn":
+        return min(m, n) >= 32 and onednn_missing(rest[-1]) is None
+    return config["library"] != "cpu" or _machine()[0]
+
+
+LIBRARY = Tunable(
+    "matmul.library",
+    "matmul",
+    configs=lambda *sizes: [{"library": name} for name in PRODUCTS],
+    default=lambda *sizes: {"library": likely(*sizes)},
+    build=_operands,
+    run=lambda config, a, b: PRODUCTS[config["library"]](a, b),
+    samples=[  # a layer's Y, dX and dW, and a token's Y
+        sizes
+        for dtype in CODES
+        for inner, outer in ((768, 3072), (1024, 1024), (4096, 4096))
+        for sizes in (
+            (1, inner, outer, True, True, dtype),
+            (512, inner, outer, True, True, dtype),
+            (512, outer, inner, True, False, dtype),
+            (outer, 512, inner, False, False, dtype),
+        )
+    ],
+    fits=_can,
+    kind="cpu",
+)
 
 
 @functools.cache
