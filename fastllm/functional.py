@@ -4,6 +4,7 @@ Every function takes `backend=` to force an implementation; without it, the best
 """
 
 from fastllm.ops.activation import geglu, gelu, relu2, silu, swiglu
+from fastllm.ops.embedding import embedding
 from fastllm.ops.grouped import grouped_linear
 from fastllm.ops.linear_loss import linear_cross_entropy, token_log_probs
 from fastllm.ops.loss import cross_entropy, distillation_loss, hidden_state_loss
@@ -16,6 +17,7 @@ from fastllm.ops.norm import (
     layer_norm,
     rms_norm,
 )
+from fastllm.ops.rotary import rotary_embedding, rotary_embedding_
 from fastllm.ops.softmax import log_softmax, softmax
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "add_rms_norm",
     "cross_entropy",
     "distillation_loss",
+    "embedding",
     "gated_linear",
     "geglu",
     "gelu",
@@ -39,6 +42,8 @@ __all__ = [
     "moe_unpermute",
     "relu2",
     "rms_norm",
+    "rotary_embedding",
+    "rotary_embedding_",
     "silu",
     "softmax",
     "swiglu",

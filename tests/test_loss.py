@@ -27,11 +27,14 @@ def level(request):
 @pytest.mark.parametrize("name", ROWS)
 def test_every_level_keeps_the_error_budget(name, level):
     torch.set_num_threads(2)
-    for case in OPS[name].cases:
-        if "bench" not in case.tags:
-            proof = prove(OPS[name], case, "cpu")
-            assert proof.ok, f"{level}: {proof.message}"
-    assert _C.isa() == level
+    op, proven = OPS[name], 0
+    for case in op.cases:
+        if "quick" not in case.tags or op.why_not("cpu", case.args()) is not None:
+            continue
+        proof = prove(op, case, "cpu")
+        assert proof.ok, f"{level}: {case.name}: {proof.message}"
+        proven += 1
+    assert proven > 5 and _C.isa() == level
 
 
 def both(ours, stock, x, *args, upstream=None, **options):

@@ -59,19 +59,39 @@ struct SoftSums {
   double dot, weight;  // of soft target * log-probability, and of the soft targets
 };
 
+// A sum and what its roundings lost: targets that add up to 1 must not bring an error of their own.
+struct Compensated {
+  Vec sum, lost;
+  INLINE_MEMBER Compensated() : sum(zero()), lost(zero()) {}
+  INLINE_MEMBER void add(Vec v) {
+    const Vec next = sum + v, back = next - sum;
+    lost = lost + ((sum - (next - back)) + (v - back));
+    sum = next;
+  }
+  INLINE_MEMBER double result() const {
+    float lanes[W], rests[W];
+    store(lanes, sum);
+    store(rests, lost);
+    double all = 0;
+    for (int i = 0; i < W; ++i)  // an infinite sum has lost inf - inf
+      all += double(lanes[i]) + (__builtin_isfinite(lanes[i]) ? double(rests[i]) : 0.0);
+    return all;
+  }
+};
+
 template <class T, class F>
 APART SoftSums soft_sums(const T* x, i64 n, const Soft<T>& soft, const F& logit, double lse) {
   const Split split(lse);
+  Compensated dot[4], weight[4];
+  sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+    const Vec v = only(soft.get_at(i, lanes), lanes);
+    dot[k].add(v * only(split.from(logit(get(x + i, lanes))), lanes));
+    weight[k].add(v);
+  });
   SoftSums sums = {0, 0};
-  for (i64 at = 0; at < n; at += kSpan) {
-    Vec dot[4] = {zero(), zero(), zero(), zero()}, weight[4] = {zero(), zero(), zero(), zero()};
-    sweep(least(kSpan, n - at), [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
-      const Vec v = only(soft.get_at(at + i, lanes), lanes);
-      dot[k] = fma(v, only(split.from(logit(get(x + at + i, lanes))), lanes), dot[k]);
-      weight[k] = weight[k] + v;
-    });
-    sums.dot += total(dot);
-    sums.weight += total(weight);
+  for (int k = 0; k < 4; ++k) {
+    sums.dot += dot[k].result();
+    sums.weight += weight[k].result();
   }
   return sums;
 }

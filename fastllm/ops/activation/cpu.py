@@ -14,7 +14,10 @@ from fastllm.ops.activation.layout import as_rows
 Needs = tuple[bool, ...]
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SILU, GELU, GELU_TANH, RELU2 = range(4)
+SILU: int = 0
+GELU: int = 1
+GELU_TANH: int = 2
+RELU2: int = 3
 _GELU = {"none": GELU, "tanh": GELU_TANH}
 _threads = torch.get_num_threads
 _empty_like = torch.empty_like

@@ -72,4 +72,4 @@ def _supports(input: Tensor, weights: Tensor, offsets: Tensor, bias: Tensor | No
     return None
 
 
-BACKEND = Backend("cpu", grouped_linear, grouped_linear_backward, _supports)
+BACKEND: Backend = Backend("cpu", grouped_linear, grouped_linear_backward, _supports)

@@ -20,4 +20,4 @@ def grouped_linear(input: Tensor, weights: Tensor, offsets: Tensor, bias: Tensor
     return torch.cat(parts)
 
 
-BACKEND = Backend("torch", grouped_linear)
+BACKEND: Backend = Backend("torch", grouped_linear)

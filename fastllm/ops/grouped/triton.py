@@ -34,4 +34,4 @@ def grouped_linear_backward(
     )
 
 
-BACKEND = Backend("triton", grouped_linear, grouped_linear_backward, supports, available)
+BACKEND: Backend = Backend("triton", grouped_linear, grouped_linear_backward, supports, available)

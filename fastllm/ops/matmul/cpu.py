@@ -82,7 +82,7 @@ class Family:
             y = products.cpu_pair(x, weight_gate, weight_up, activation, *kept)
         else:
             kept = [self.product(x, weight_gate), self.product(x, weight_up)]
-            y = _activated_product(*kept, activation)
+            y = _activated_product(kept[0], kept[1], activation)
         return tuple(t.view(shape) for t in (y, *kept))
 
     def matmul(self, input: Tensor, other: Tensor) -> Tensor:
@@ -317,6 +317,6 @@ def _table(
     }
 
 
-BACKENDS = _table("cpu", lambda a, b: "cpu")
-ONEDNN = _table("onednn", lambda a, b: "onednn", _why_not_onednn)
-AUTO = _table("cpu", lambda a, b: products.choose(a, b))
+BACKENDS: dict[str, Backend] = _table("cpu", lambda a, b: "cpu")
+ONEDNN: dict[str, Backend] = _table("onednn", lambda a, b: "onednn", _why_not_onednn)
+AUTO: dict[str, Backend] = _table("cpu", lambda a, b: products.choose(a, b))
