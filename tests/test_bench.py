@@ -57,7 +57,7 @@ def test_bench_measures_writes_and_reads_back(quick_limits, tmp_path, capsys, mo
         "--case",
         "1x64-fp32",
         "--budget",
-        "5",
+        "30",
         "--threads",
         "1",
     ]
