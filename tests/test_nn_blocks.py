@@ -7,8 +7,10 @@ from torch.nn import functional as stock
 import fastllm.functional
 from fastllm import nn as fast
 from fastllm.core.proof import compare
-from fastllm.nn import linear
+from fastllm.core.tuner.routes import Routes
+from fastllm.nn import worth
 from fastllm.nn.activation import ACTIVATIONS
+from fastllm.ops.matmul import linear_op
 
 ACTS = {
     "gelu": stock.gelu,
@@ -21,7 +23,9 @@ ACTS = {
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch):
-    monkeypatch.setattr(linear, "SMALL", 0)
+    monkeypatch.setattr(worth, "SMALL", 0)
+    monkeypatch.setattr(worth, "AT_PEAK", frozenset())
+    monkeypatch.setattr(worth, "PASS", 0)
 
 
 def plain(module, x):
@@ -116,10 +120,32 @@ def test_compile_and_autocast(make):
     torch._dynamo.reset()
 
 
-def test_small_products_run_in_torch(monkeypatch):
+def test_products_at_torchs_peak_run_in_torch(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(fastllm.functional, "linear", None)
-    module, x = fast.Linear(64, 64), torch.randn(1, 64)
+    monkeypatch.setattr(worth, "AT_PEAK", frozenset((torch.float32,)))
+    monkeypatch.setattr(worth, "_THIN_FROM", 2)
+    monkeypatch.setattr(linear_op, "routes", None)  # no table of this machine
+    module, x = fast.Linear(64, 64), torch.randn(1 << 12, 64)
     assert torch.equal(module(x), stock.linear(x, module.weight, module.bias))
+    thin = fast.Linear(1 << 11, 1 << 10)
+    for rows in (1, 5):
+        assert thin(torch.randn(rows, 1 << 11)).shape == (rows, 1 << 10)
     with pytest.raises(TypeError):
-        module(torch.randn(1 << 10, 64))
+        thin(torch.randn(2, 1 << 11))
+    monkeypatch.setattr(worth, "AT_PEAK", frozenset())
+    assert torch.equal(module(x[1:]), stock.linear(x[1:], module.weight, module.bias))
+    with pytest.raises(TypeError):
+        module(x)
+
+
+@pytest.mark.parametrize("name", ["torch", "onednn"])
+def test_what_was_measured_decides(name, monkeypatch):
+    module, x = fast.Linear(64, 64), torch.randn(8, 64)
+    monkeypatch.setattr(worth, "AT_PEAK", frozenset(() if name == "torch" else (torch.float32,)))
+    monkeypatch.setattr(worth, "lookup", lambda op, args, device, direction: name)
+    monkeypatch.setattr(linear_op, "routes", Routes(linear_op))
+    worth._measured.clear()
+    assert worth.worth(x, module.weight, module.bias) is (name != "torch")
+    assert worth.worth(x, module.weight, module.bias) is (name != "torch")  # remembered
+    worth._measured.clear()

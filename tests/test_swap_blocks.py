@@ -11,7 +11,7 @@ from torch.nn import functional as stock
 
 import fastllm.functional
 import fastllm.swap
-from fastllm.nn import linear
+from fastllm.nn import worth
 from fastllm.swap.blocks import Finder
 
 transformers = pytest.importorskip("transformers")
@@ -22,7 +22,9 @@ X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch):
     torch.set_num_threads(1)
-    monkeypatch.setattr(linear, "SMALL", 0)
+    monkeypatch.setattr(worth, "SMALL", 0)
+    monkeypatch.setattr(worth, "AT_PEAK", frozenset())
+    monkeypatch.setattr(worth, "PASS", 0)
 
 
 class Parts(nn.Module):
@@ -347,7 +349,7 @@ def test_wrong_block_is_put_back(monkeypatch):
 def test_small_inputs_run_the_original(monkeypatch):
     module = Parts()
     fastllm.swap(module)
-    monkeypatch.setattr(linear, "SMALL", 1 << 20)
+    monkeypatch.setattr(worth, "PASS", 1 << 15)
     monkeypatch.setattr(fastllm.functional, "gated_linear", None)
     assert module(X).shape == X.shape
     with pytest.raises(TypeError):

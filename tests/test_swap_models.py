@@ -7,7 +7,7 @@ import torch
 from swap_models import EXPECTED, build
 
 import fastllm.swap
-from fastllm.nn import linear
+from fastllm.nn import worth
 
 pytest.importorskip("transformers")
 NAMES = list(EXPECTED)
@@ -20,7 +20,9 @@ LEFT: dict = {}
 @pytest.fixture(autouse=True)
 def _threads(monkeypatch):
     torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
-    monkeypatch.setattr(linear, "SMALL", 0)  # so small that torch would run all of them
+    monkeypatch.setattr(worth, "SMALL", 0)  # so small that torch would run all of them
+    monkeypatch.setattr(worth, "AT_PEAK", frozenset())
+    monkeypatch.setattr(worth, "PASS", 0)
 
 
 def snapshot(model):
