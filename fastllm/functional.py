@@ -18,20 +18,33 @@ from fastllm.ops.norm import (
     rms_norm,
 )
 from fastllm.ops.rotary import rotary_embedding, rotary_embedding_
+from fastllm.ops.preference import (
+    cpo_loss,
+    dpo_loss,
+    grpo_loss,
+    kto_loss,
+    orpo_loss,
+    sequence_log_probs,
+    simpo_loss,
+)
 from fastllm.ops.softmax import log_softmax, softmax
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "cpo_loss",
     "cross_entropy",
     "distillation_loss",
     "embedding",
+    "dpo_loss",
     "gated_linear",
     "geglu",
     "gelu",
     "group_norm",
     "grouped_linear",
+    "grpo_loss",
     "hidden_state_loss",
+    "kto_loss",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
@@ -40,11 +53,14 @@ __all__ = [
     "moe_permute",
     "moe_route",
     "moe_unpermute",
+    "orpo_loss",
     "relu2",
     "rms_norm",
     "rotary_embedding",
     "rotary_embedding_",
+    "sequence_log_probs",
     "silu",
+    "simpo_loss",
     "softmax",
     "swiglu",
     "token_log_probs",

@@ -9,18 +9,25 @@ from fastllm.nn.loss import CrossEntropyLoss, DistillationLoss, LinearCrossEntro
 from fastllm.nn.mlp import MLP, GatedMLP
 from fastllm.nn.moe import MoE
 from fastllm.nn.norm import GroupNorm, LayerNorm, RMSNorm
+from fastllm.nn.preference import CPOLoss, DPOLoss, GRPOLoss, KTOLoss, ORPOLoss, SimPOLoss
 
 __all__ = [
     "GELU",
     "MLP",
+    "CPOLoss",
     "CrossEntropyLoss",
+    "DPOLoss",
     "DistillationLoss",
+    "GRPOLoss",
     "GatedMLP",
     "GroupNorm",
+    "KTOLoss",
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
     "MoE",
+    "ORPOLoss",
     "RMSNorm",
     "SiLU",
+    "SimPOLoss",
 ]
