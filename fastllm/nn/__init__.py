@@ -1,20 +1,22 @@
 """Drop-in modules: subclasses of torch's with the same constructor, state_dict and repr.
 
-And the parts of a transformer that torch has no module for: GatedMLP, MLP.
+And the parts of a transformer that torch has no module for: GatedMLP, MLP, RotaryEmbedding.
 """
 
 from fastllm.nn.activation import GELU, SiLU
-from fastllm.nn.linear import Linear
+from fastllm.nn.linear import Embedding, Linear
 from fastllm.nn.loss import CrossEntropyLoss, DistillationLoss, LinearCrossEntropyLoss
 from fastllm.nn.mlp import MLP, GatedMLP
 from fastllm.nn.moe import MoE
 from fastllm.nn.norm import GroupNorm, LayerNorm, RMSNorm
+from fastllm.nn.rotary import RotaryEmbedding
 
 __all__ = [
     "GELU",
     "MLP",
     "CrossEntropyLoss",
     "DistillationLoss",
+    "Embedding",
     "GatedMLP",
     "GroupNorm",
     "LayerNorm",
@@ -22,5 +24,6 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "MoE",
     "RMSNorm",
+    "RotaryEmbedding",
     "SiLU",
 ]

@@ -1,4 +1,4 @@
-"""Linear: torch's module with forward through fastllm.functional.
+"""Linear and Embedding: torch's modules with forward through fastllm.functional.
 
 `backend` is a class attribute (None: the best one), as in the norms.
 """
@@ -8,9 +8,7 @@ from torch import Tensor
 from torch.nn import functional as stock
 
 from fastllm import functional as F
-
-# below this many multiplications per call, the way to a kernel costs more than it can win back
-SMALL = 1 << 20
+from fastllm.nn.worth import worth
 
 
 class Linear(torch.nn.Linear):
@@ -19,16 +17,28 @@ class Linear(torch.nn.Linear):
     backend: str | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.backend is None and not worth(input, self.out_features):
+        if self.backend is None and not worth(input, self.weight, self.bias):
             return stock.linear(input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias, backend=self.backend)
 
 
-def worth(input: Tensor, width: int) -> bool:
-    """False for small products with `width` columns, and for what only torch takes: nested tensors
-    and the proxies of torch.fx."""
-    if torch.compiler.is_compiling():
-        return True
-    if not isinstance(input, Tensor) or input.is_nested:
-        return False
-    return input.numel() * width >= SMALL
+class Embedding(torch.nn.Embedding):
+    """torch.nn.Embedding: indices [*], output [*, embedding_dim]; deterministic backward.
+
+    Reading rows is torch's, at the speed of memory; what is won is won in backward.
+    """
+
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor) or self.max_norm is not None or self.sparse:
+            return super().forward(input)
+        if self.backend is None and not (self.weight.requires_grad and torch.is_grad_enabled()):
+            return super().forward(input)
+        return F.embedding(
+            input,
+            self.weight,
+            self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            backend=self.backend,
+        )

@@ -14,6 +14,7 @@ from fastllm import functional as F
 from fastllm.nn.activation import apply, check_activation
 from fastllm.nn.hooks import observed
 from fastllm.nn.linear import Linear
+from fastllm.nn.worth import worth
 
 _GLU = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -27,11 +28,13 @@ def weight_of(module: Any) -> Tensor | None:
 
 
 def gated(activation: str, gate: Any, up: Any, input: Tensor, backend: str | None = None) -> Tensor:
-    """activation(gate(input)) * up(input), in as few passes as the two modules allow."""
+    """activation(gate(input)) * up(input), in as few passes as pay and the modules allow."""
     g, u = weight_of(gate), weight_of(up)
-    if g is not None and u is not None and gate.bias is None and up.bias is None:
-        return F.gated_linear(input, g, u, activation=activation, backend=backend)
-    return glu(activation, gate(input), up(input), backend)
+    if g is None or u is None or gate.bias is not None or up.bias is not None:
+        return glu(activation, gate(input), up(input), backend)
+    if backend is None and not worth(input, g):
+        return glu(activation, gate(input), up(input))
+    return F.gated_linear(input, g, u, activation=activation, backend=backend)
 
 
 def glu(activation: str, gate: Tensor, up: Tensor, backend: str | None = None) -> Tensor:
@@ -44,9 +47,9 @@ def glu(activation: str, gate: Tensor, up: Tensor, backend: str | None = None) -
 
 
 def activated(activation: str, linear: Any, input: Tensor, backend: str | None = None) -> Tensor:
-    """activation(linear(input)), in one pass where `linear` allows."""
+    """activation(linear(input)), in one pass where it pays and `linear` allows."""
     weight = weight_of(linear)
-    if weight is not None:
+    if weight is not None and (backend is not None or worth(input, weight, linear.bias)):
         return F.linear(input, weight, linear.bias, activation=activation, backend=backend)
     return apply(activation, linear(input), backend)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastllm import functional as F
 from fastllm.core.proof import relative_error
-from fastllm.nn.linear import worth
+from fastllm.nn.worth import worth
 from fastllm.swap.bare import bare, isolated, only_argument, rename_argument
 from fastllm.swap.probe import AGREES
 
@@ -29,7 +29,7 @@ class Transposed:
 
         def forward(self: Any, x: Tensor) -> Tensor:
             weight = self.weight.t()
-            if backend is None and not worth(x, weight.shape[0]):
+            if backend is None and not worth(x, weight, self.bias):
                 return original(self, x)
             return F.linear(x, weight, self.bias, backend=backend)
 

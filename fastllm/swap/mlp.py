@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastllm.nn.hooks import observed
-from fastllm.nn.linear import worth
-from fastllm.nn.mlp import activated, gated, glu
+from fastllm.nn.mlp import activated, gated, glu, weight_of
+from fastllm.nn.worth import worth, worth_a_pass
 from fastllm.swap.activations import activation_of
 from fastllm.swap.bare import rename_argument
 
@@ -55,18 +55,26 @@ class MLP:
     def namespace(self, base: Any) -> dict[str, Any]:
         original, recipe = base.forward, self
         act, activation, down = self.act, self.activation, self.down
-        wide, forced = self.wide, self.backend is not None
+        forced = self.backend is not None
 
         def forward(self: Any, x: Tensor) -> Tensor:
             children = self._modules
             function = children[act]
             if activation_of(function) != activation or observed(function):
                 return original(self, x)
-            if not _plain(x, children.get(down)) or not (forced or worth(x, wide)):
+            if not _plain(x, children.get(down)) or not (forced or recipe.pays(children, x)):
                 return original(self, x)
             return recipe.compute(children, x)
 
         return {"forward": rename_argument(forward, self.argument, base)}
+
+    def pays(self, children: Mapping[str, Any], x: Tensor) -> bool:
+        """Whether compute() is faster than the original with its children: a gate is a pass
+        less, an activation on its own is one only inside of a product that is ours."""
+        if self.kind in ("gated", "packed"):
+            return worth_a_pass(x, self.wide)
+        weight = weight_of(children[self.inner[0]])
+        return weight is not None and worth(x, weight)
 
     def ops(self) -> tuple[str, ...]:
         """The ops it may call: the product with its epilogue, and what does without the product."""
