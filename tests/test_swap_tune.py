@@ -49,7 +49,7 @@ def test_every_module_has_its_ratio_and_the_model_one(timed):
     model, x = Model(), torch.randn(3, 64)
     expected = model(x)
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    handle = fastllm.swap(model, example_inputs=x, tune=True)
+    handle = fastllm.swap(model, exclude=nn.Linear, example_inputs=x, tune=True)
     report = handle.report()
     assert report.ratio == 1.5 and all(row.ratio == 1.5 for row in report.swapped)
     assert "1.50x" in str(report) and "whole model" in str(report)
@@ -76,7 +76,7 @@ def test_what_loses_is_put_back_and_the_report_says_so(timed):
 def test_nothing_wins_nothing_stays(timed):
     timed[0].update(LayerNorm=0.5, Block=0.9)
     model, x = Model(), torch.randn(3, 64)
-    handle = fastllm.swap(model, example_inputs=x, tune=True)
+    handle = fastllm.swap(model, exclude=nn.Linear, example_inputs=x, tune=True)
     assert not handle.modules and handle.report().ratio == 1.0
     assert not any(classes.made(type(m)) for m in model.modules())
     assert "nothing was faster" in str(handle.report())

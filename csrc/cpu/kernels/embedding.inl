@@ -6,17 +6,33 @@ INLINE i64 index_at(const void* p, int wide, i64 i) {
   return wide ? ((const int64_t*)p)[i] : ((const int32_t*)p)[i];
 }
 
+// Copies n words past the caches, to whole cache lines.
+INLINE void copy_past(const float* from, float* to, i64 n) {
+  each(n, [&](auto lanes, i64 i) INLINE_LAMBDA { put<true>(to + i, get(from + i, lanes), lanes); });
+}
+
 void gather(const Gather& a) {
   if (a.count == 0 || a.row_bytes == 0) return;
   const i64 bytes = a.count * a.row_bytes;
   const int threads = useful_threads(bytes, a.threads);
   const i64 share = least(ceil_div(a.count, threads), ceil_div(65536, a.row_bytes));
   const i64 step = threads == 1 ? a.count : share;
+  const bool past = bytes >= kPastCaches && lined_up(a.output) && a.row_bytes % 64 == 0;
+  const auto row = [&](i64 i) INLINE_LAMBDA {
+    return (const char*)a.weight + index_at(a.input, a.wide, i) * a.weight_step;
+  };
   parallel_for(ceil_div(a.count, step), threads, [&](i64 task) {
-    for (i64 i = task * step; i < least(a.count, (task + 1) * step); ++i)
-      __builtin_memcpy((char*)a.output + i * a.row_bytes,
-                       (const char*)a.weight + index_at(a.input, a.wide, i) * a.weight_step,
-                       uint64_t(a.row_bytes));
+    const i64 end = least(a.count, (task + 1) * step);
+    for (i64 i = task * step; i < end; ++i) {
+      const char *from = row(i), *next = row(least(i + 1, end - 1));
+      char* to = (char*)a.output + i * a.row_bytes;
+      for (i64 j = 0; j < least(a.row_bytes, 4096); j += 64) __builtin_prefetch(next + j);
+      if (past)
+        copy_past((const float*)from, (float*)to, a.row_bytes / 4);
+      else
+        __builtin_memcpy(to, from, uint64_t(a.row_bytes));
+    }
+    stream_fence();
   });
 }
 

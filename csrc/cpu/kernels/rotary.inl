@@ -1,26 +1,39 @@
 // Rotary position embedding (Su et al. 2021): y[i] = x[i] c[i] + x[partner of i] s[i], in fp32.
 #include "cpu/kernels/elementwise.inl"
 
-INLINE float table_value(const void* p, int dtype, i64 i) {
-  float out[W] = {0};
-  if (dtype == kFloat32) return ((const float*)p)[i];
-  if (dtype == kBFloat16) store(out, load((const bf16*)p + i, 1));
-  if (dtype == kFloat16) store(out, load((const f16*)p + i, 1));
-  return out[0];
+// n values of a table, times `sign`.
+APART void table_values(const void* p, int dtype, i64 from, i64 n, float sign, float* out) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* table = (const T*)p + from;
+    each(n, [&](auto lanes, i64 i)
+                INLINE_LAMBDA { put<false>(out + i, get(table + i, lanes) * set1(sign), lanes); });
+  });
 }
 
-// The factors of one row: c for the element itself, s, with its sign, for its partner.
-APART void factors(const Rotate& a, i64 batch, i64 row, float* c, float* s) {
+// The factors of one row: c for the element itself, s, with its sign, for its partner. The gradient
+// takes the sine of the row that the partner was written to. `room` holds two rows of a table.
+APART void factors(const Rotate& a, i64 batch, i64 row, float* c, float* s, float* room) {
   const i64 n = a.rotary_dim, half = n / 2, at = batch * a.table_batch + row * a.width;
-  for (i64 i = 0; i < n; ++i) {
-    const bool second = a.interleaved ? i % 2 == 1 : i >= half;
-    const i64 pair = a.interleaved ? i / 2 : i - second * half;
-    const i64 partner = a.interleaved ? i ^ 1 : second ? i - half : i + half;
-    // the gradient takes the sine of the row that the partner was written to
-    const i64 sine = a.width < n ? pair : a.transposed ? partner : i;
-    c[i] = table_value(a.cos, a.table_dtype, at + (a.width < n ? pair : i));
-    const float value = table_value(a.sin, a.table_dtype, at + sine);
-    s[i] = second != bool(a.transposed) ? value : -value;
+  const bool narrow = a.width < n;
+  const float sign = a.transposed ? 1.0f : -1.0f;  // of the first of two partners
+  if (!a.interleaved) {
+    const i64 second = narrow ? 0 : half;  // where the tables have the second half
+    table_values(a.cos, a.table_dtype, at, half, 1.0f, c);
+    table_values(a.cos, a.table_dtype, at + second, half, 1.0f, c + half);
+    table_values(a.sin, a.table_dtype, at + (a.transposed ? second : 0), half, sign, s);
+    table_values(a.sin, a.table_dtype, at + (a.transposed ? 0 : second), half, -sign, s + half);
+    return;
+  }
+  float *cosines = room, *sines = room + a.width;
+  table_values(a.cos, a.table_dtype, at, a.width, 1.0f, cosines);
+  table_values(a.sin, a.table_dtype, at, a.width, sign, sines);
+  for (i64 i = 0; i < half; ++i) {
+    const i64 first = narrow ? i : 2 * i, second = narrow ? i : 2 * i + 1;
+    c[2 * i] = cosines[first];
+    c[2 * i + 1] = cosines[second];
+    s[2 * i] = sines[a.transposed ? second : first];
+    s[2 * i + 1] = -sines[a.transposed ? first : second];
   }
 }
 
@@ -50,9 +63,9 @@ APART void rotate_row(const T* x, T* y, const float* c, const float* s, i64 n, i
 template <bool Interleaved, class T>
 APART void rotate_rows(const Rotate& a, i64 batch, i64 from, i64 to, bool past_caches) {
   const i64 n = a.rotary_dim, rows = to - from;
-  const Scratch scratch(2 * n * rows);
-  float *c = scratch.data(), *s = c + n * rows;
-  for (i64 r = 0; r < rows; ++r) factors(a, batch, from + r, c + r * n, s + r * n);
+  const Scratch scratch(2 * n * rows + 2 * a.width);
+  float *c = scratch.data(), *s = c + n * rows, *room = s + n * rows;
+  for (i64 r = 0; r < rows; ++r) factors(a, batch, from + r, c + r * n, s + r * n, room);
   const T* x = (const T*)a.input + batch * a.in_batch + from * a.in_row;
   T* y = (T*)a.output + batch * a.out_batch + from * a.out_row;
   const auto one = [&](i64 head, i64 r) INLINE_LAMBDA {

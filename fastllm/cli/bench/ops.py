@@ -221,12 +221,15 @@ def bound(op: Op, args: tuple) -> Callable[[], Any]:
     function = getattr(functional, op.name)
     names = [part.split()[-1].split("=")[0] for part in op.schema.params.split(", ")]
     given = dict(zip(names, args, strict=True))
-    parameters = [p for p in inspect.signature(function).parameters.values() if p.name in given]
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    positional = [given[p.name] for p in parameters if p.kind is not keyword]
-    keywords = {
-        p.name: given[p.name]
-        for p in parameters
-        if p.kind is keyword and given[p.name] != p.default
-    }
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = []
+    while parameters and parameters[0].kind is not inspect.Parameter.KEYWORD_ONLY:
+        if parameters[0].name not in given:
+            break
+        positional.append(given[parameters.pop(0).name])
+    keywords = {}
+    for p in parameters:
+        value = given.get(p.name, p.default)
+        if isinstance(value, Tensor) or value != p.default:
+            keywords[p.name] = value
     return functools.partial(function, *positional, **keywords)

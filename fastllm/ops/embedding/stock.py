@@ -11,4 +11,4 @@ def embedding(weight: Tensor, input: Tensor, padding_idx: int, scale_grad_by_fre
     return F.embedding(input, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
 
 
-BACKEND = Backend("torch", embedding)
+BACKEND: Backend = Backend("torch", embedding)

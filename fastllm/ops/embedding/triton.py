@@ -38,4 +38,4 @@ def supports(weight: Tensor, input: Tensor, *_: Any) -> str | None:
     return None if weight.dtype in DTYPES else f"{weight.dtype} weight: computed by torch"
 
 
-BACKEND = Backend("triton", embedding, embedding_backward, supports, available)
+BACKEND: Backend = Backend("triton", embedding, embedding_backward, supports, available)

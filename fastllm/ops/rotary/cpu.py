@@ -85,4 +85,4 @@ def supports(query: Tensor, key: Tensor, cos: Tensor, *_: Any) -> str | None:
     return None
 
 
-BACKEND = Backend("cpu", rotary_embedding, backward, supports)
+BACKEND: Backend = Backend("cpu", rotary_embedding, backward, supports)

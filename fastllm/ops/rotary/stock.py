@@ -25,4 +25,4 @@ def rotary_embedding(
     return rotate(query), rotate(key)
 
 
-BACKEND = Backend("torch", rotary_embedding)
+BACKEND: Backend = Backend("torch", rotary_embedding)

@@ -73,4 +73,4 @@ def supports(query: Tensor, key: Tensor, cos: Tensor, *_: Any) -> str | None:
     return None
 
 
-BACKEND = Backend("triton", rotary_embedding, backward, supports, available)
+BACKEND: Backend = Backend("triton", rotary_embedding, backward, supports, available)
