@@ -23,6 +23,8 @@ class RotaryEmbedding(torch.nn.Module):
     """
 
     backend: str | None = None
+    cos: Tensor
+    sin: Tensor
 
     def __init__(
         self,
