@@ -17,7 +17,6 @@ from fastllm.ops.norm import (
     layer_norm,
     rms_norm,
 )
-from fastllm.ops.rotary import rotary_embedding, rotary_embedding_
 from fastllm.ops.preference import (
     cpo_loss,
     dpo_loss,
@@ -27,6 +26,7 @@ from fastllm.ops.preference import (
     sequence_log_probs,
     simpo_loss,
 )
+from fastllm.ops.rotary import rotary_embedding, rotary_embedding_
 from fastllm.ops.softmax import log_softmax, softmax
 
 __all__ = [
@@ -35,8 +35,8 @@ __all__ = [
     "cpo_loss",
     "cross_entropy",
     "distillation_loss",
-    "embedding",
     "dpo_loss",
+    "embedding",
     "gated_linear",
     "geglu",
     "gelu",

@@ -8,17 +8,24 @@ from torch import nn
 IDS = {"input_ids": torch.arange(22).reshape(2, 11) * 7 % 99}
 # name -> what a swap does to it
 EXPECTED = {
-    "llama": "5 norms, 15 linears, 2 activations; fused 2 residual additions, 2 MLPs",
-    "qwen3": "9 norms, 15 linears, 2 activations; fused 2 residual additions, 2 MLPs",
-    "gemma2": "9 norms, 15 linears, 2 activations; fused 2 residual additions, 2 MLPs",
-    "mistral": "5 norms, 15 linears, 2 activations; fused 2 residual additions, 2 MLPs",
-    "phi3": "5 norms, 9 linears, 2 activations; fused 2 residual additions, 2 MLPs",
-    "mixtral": "5 norms, 9 linears, 2 activations; fused 2 residual additions",
-    "gpt2": "5 norms, 9 linears, 2 activations; fused 2 residual additions, 2 MLPs",
-    "bert": "6 norms, 14 linears, 3 activations; fused 5 residual additions, 2 MLPs",
-    "distilbert": "6 norms, 14 linears, 3 activations; fused 5 residual additions, 2 MLPs",
-    "t5": "12 norms, 33 linears; fused 4 MLPs",
-    "t5 gated": "12 norms, 37 linears, 4 activations; fused 4 MLPs",
+    "llama": "5 norms, 15 linears, 1 embedding, 2 activations; fused 2 residual additions, "
+    "2 MLPs, 2 rotary embeddings",
+    "qwen3": "9 norms, 15 linears, 1 embedding, 2 activations; fused 2 residual additions, "
+    "2 MLPs, 2 rotary embeddings",
+    "gemma2": "9 norms, 15 linears, 2 activations; fused 2 residual additions, 2 MLPs, "
+    "2 rotary embeddings",
+    "mistral": "5 norms, 15 linears, 1 embedding, 2 activations; fused 2 residual additions, "
+    "2 MLPs, 2 rotary embeddings",
+    "phi3": "5 norms, 9 linears, 1 embedding, 2 activations; fused 2 residual additions, "
+    "2 MLPs, 2 rotary embeddings",
+    "mixtral": "5 norms, 9 linears, 1 embedding, 2 activations; fused 2 residual additions, "
+    "2 rotary embeddings",
+    "gpt2": "5 norms, 9 linears, 2 embeddings, 2 activations; fused 2 residual additions, 2 MLPs",
+    "bert": "6 norms, 14 linears, 3 embeddings, 3 activations; fused 5 residual additions, 2 MLPs",
+    "distilbert": "6 norms, 14 linears, 2 embeddings, 3 activations; fused 5 residual additions, "
+    "2 MLPs",
+    "t5": "12 norms, 33 linears, 5 embeddings; fused 4 MLPs",
+    "t5 gated": "12 norms, 37 linears, 5 embeddings, 4 activations; fused 4 MLPs",
     "vit": "5 norms, 13 linears, 2 activations; fused 2 residual additions, 2 MLPs",
     "encoder pre-norm": "5 norms, 4 linears; fused 2 residual additions",
     "encoder pre-norm, batch first": "5 norms, 4 linears; fused 2 residual additions",

@@ -149,3 +149,83 @@ def test_what_was_measured_decides(name, monkeypatch):
     assert worth.worth(x, module.weight, module.bias) is (name != "torch")
     assert worth.worth(x, module.weight, module.bias) is (name != "torch")  # remembered
     worth._measured.clear()
+
+
+@pytest.mark.parametrize("extra", [{}, {"padding_idx": 3}, {"scale_grad_by_freq": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embedding(extra, dtype):
+    theirs = torch.nn.Embedding(20, 8, dtype=dtype, **extra)
+    ours = fast.Embedding(20, 8, dtype=dtype, **extra)
+    assert repr(ours) == repr(theirs) and vars(ours).keys() == vars(theirs).keys()
+    ours.load_state_dict(theirs.state_dict())
+    ids = torch.randint(20, (4, 50))
+    exact = torch.nn.Embedding.from_pretrained(theirs.weight.detach().double(), False, **extra)
+    found = []
+    for module in (ours, theirs, exact):
+        y = module(ids)
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+        upstream = upstream.to(dtype).to(y.dtype)
+        found.append([y.detach(), torch.autograd.grad(y, module.weight, upstream)[0]])
+    for each in zip(*found, strict=True):
+        assert (proof := compare("result", *each)).ok, proof.message
+
+
+def test_embedding_without_gradients_is_torchs(monkeypatch):
+    module, ids = fast.Embedding(20, 8), torch.randint(20, (4, 50))
+    with torch.no_grad():
+        rows = module(ids)
+    monkeypatch.setattr(fastllm.functional, "embedding", None)
+    with torch.no_grad():
+        assert torch.equal(module(ids), rows)
+    with pytest.raises(TypeError):
+        module(ids)
+    module.requires_grad_(False)
+    assert torch.equal(module(ids), rows)
+
+
+@pytest.mark.parametrize("extra", [{"sparse": True}, {"max_norm": 1.0}])
+def test_embedding_leaves_the_rest_to_torch(extra):
+    module = fast.Embedding(20, 8, **extra)
+    y = module(torch.tensor([[1, 2, 2]]))
+    y.sum().backward()
+    assert module.weight.grad.is_sparse == ("sparse" in extra)
+    assert "max_norm" not in extra or (y.norm(dim=-1) <= 1.0001).all()
+
+
+@pytest.mark.parametrize(("interleaved", "dim"), [(False, 8), (True, 8), (False, 4)])
+def test_rotary(interleaved, dim):
+    module = fast.RotaryEmbedding(dim, 16, interleaved=interleaved)
+    assert not module.state_dict()
+    q, k = torch.randn(2, 3, 7, 8), torch.randn(2, 1, 7, 8)
+    turned, other = module(q, k)
+    assert torch.allclose(turned[:, :, 0], q[:, :, 0])
+    assert torch.equal(turned[..., dim:], q[..., dim:])
+    # a pair is a complex number, turned by position / base^(2 i / dim)
+    left = slice(0, dim, 2) if interleaved else slice(0, dim // 2)
+    right = slice(1, dim, 2) if interleaved else slice(dim // 2, dim)
+    angle = torch.outer(torch.arange(7.0), 10000 ** (-torch.arange(0, dim, 2) / dim))
+    wanted = torch.complex(k[..., left], k[..., right]) * torch.polar(torch.ones(()), angle)
+    assert torch.allclose(other[..., left], wanted.real, atol=1e-5)
+    assert torch.allclose(other[..., right], wanted.imag, atol=1e-5)
+    ids = torch.arange(7).flip(0)
+    flipped, _ = module(q.flip(2), k.flip(2), position_ids=ids)
+    assert torch.allclose(flipped.flip(2), turned, atol=1e-6)
+
+
+def test_tables_of_rotary_stay_float32():
+    module = fast.RotaryEmbedding(8, 16)
+    cos = module.cos.clone()
+    assert torch.equal(module.bfloat16().cos, cos)
+    x = torch.randn(1, 1, 5, 8).bfloat16()
+    assert module(x, x)[0].dtype == torch.bfloat16
+    with torch.device("meta"):
+        lazy = fast.RotaryEmbedding(8, 16)
+    assert torch.equal(lazy.to_empty(device="cpu").cos, cos)
+
+
+def test_bad_rotary():
+    with pytest.raises(ValueError, match="dim: expected an even positive number, found 7"):
+        fast.RotaryEmbedding(7)
+    x = torch.randn(1, 1, 9, 8)
+    with pytest.raises(ValueError, match="query: expected at most max_positions = 8 tokens"):
+        fast.RotaryEmbedding(8, 8)(x, x)

@@ -92,7 +92,7 @@ def test_restore_is_exact_and_repeatable():
     with fastllm.swap(model) as handle:
         assert classes(model) != before[0]
         assert set(handle.modules) == {
-            *("head", "layers.0.mix", "layers.0.mlp", "layers.1.mix", "layers.1.mlp"),
+            *("embed", "head", "layers.0.mix", "layers.0.mlp", "layers.1.mix", "layers.1.mlp"),
             "layers.0",
             "layers.1",
             "layers.0.norm1",
@@ -238,7 +238,7 @@ def test_report_prints():
     model.batch = nn.BatchNorm1d(3)
     handle = fastllm.swap(model)
     text = str(handle)
-    assert "swapped 5 norms, 5 linears; fused 2 residual additions; left 1" in text
+    assert "swapped 5 norms, 5 linears, 1 embedding; fused 2 residual additions; left 1" in text
     assert "batch" in text and "it keeps buffers" in text
     assert str(handle.report()) == text and "swapped 5 norms" in repr(handle)
     out = io.StringIO()
@@ -254,7 +254,7 @@ def test_pickle_keeps_the_swap():
     assert classes(loaded) == classes(model)
     assert torch.equal(loaded(IDS), stock)
     assert loaded.head.weight is loaded.embed.weight
-    assert fastllm.swap.restore(loaded) == 12 and type(loaded.norm) is nn.LayerNorm
+    assert fastllm.swap.restore(loaded) == 13 and type(loaded.norm) is nn.LayerNorm
     assert fastllm.swap.restore(loaded) == 0
 
 
@@ -309,7 +309,7 @@ def test_cuda_and_meta_parameters():
     with torch.device("meta"):
         model = Model()
     handle = fastllm.swap(model)
-    assert len(handle.report().swapped) == 10
+    assert len(handle.report().swapped) == 11
     handle.restore()
 
 

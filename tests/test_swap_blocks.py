@@ -1,5 +1,6 @@
 """Linears, activations, feed-forward blocks, rotations: what is recognized, and what is not."""
 
+import copy
 import pickle
 import re
 
@@ -272,15 +273,17 @@ class Weight(nn.Parameter):
 
 
 def test_other_linears_are_left_with_the_reason():
-    model = nn.Sequential(Subclass(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model = nn.Sequential(Subclass(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(5, 4))
     model[1].weight = Weight(torch.randn(4, 4))
     torch.nn.utils.parametrizations.weight_norm(model[2])
+    model[3] = nn.Embedding(5, 4, max_norm=1.0)
     report = fastllm.swap(model).report()
     assert not report.swapped
     assert {row.path: row.reason for row in report.left if len(row.path) == 1} == {
         "0": "a subclass with a forward of its own",
         "1": "its weight is a Weight",
         "2": "a subclass with a forward of its own",
+        "3": "it renormalizes its weight (max_norm)",
     }
 
 
@@ -330,6 +333,52 @@ def test_dtypes_may_change_after_the_swap():
     module.down.float()  # as T5 keeps it
     with pytest.raises((RuntimeError, ValueError), match="dtype"):
         module(X.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_rotation_in_this_instance_only(name, monkeypatch):
+    model, inputs = build(name)
+    other = copy.deepcopy(model).eval()
+    module = __import__(type(model).__module__, fromlist=["x"])
+    function = module.apply_rotary_pos_emb
+    calls = []
+    real = fastllm.functional.rotary_embedding
+    monkeypatch.setattr(
+        fastllm.functional, "rotary_embedding", lambda *a, **k: calls.append(1) or real(*a, **k)
+    )
+    model.eval()
+    expected = model(**inputs).logits
+    with fastllm.swap(model):
+        assert torch.allclose(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+        assert len(calls) == 2 and module.apply_rotary_pos_emb is function
+        assert torch.equal(other(**inputs).logits, expected) and len(calls) == 2
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", lambda q, k, *a: (q, k))
+        changed = model(**inputs).logits
+        assert len(calls) == 2, "what somebody put in its place is what runs"
+        assert torch.equal(changed, model(**inputs).logits)
+    assert torch.allclose(model(**inputs).logits, changed, rtol=1e-4, atol=1e-5)
+
+
+def _layout(name):
+    from importlib import import_module
+
+    from fastllm.swap import rotary
+
+    module = import_module(f"transformers.models.{name}.modeling_{name}")
+    return rotary.layout(module.apply_rotary_pos_emb)
+
+
+@pytest.mark.parametrize(
+    ("name", "interleaved", "partial"),
+    [("llama", False, False), ("gpt_neox", False, True), ("cohere", True, False)],
+)
+def test_layout_of_a_rotation(name, interleaved, partial):
+    found = _layout(name)
+    assert (found.interleaved, found.partial) == (interleaved, partial)
+
+
+def test_unknown_rotation():
+    assert _layout("glm") is None  # pairs side by side, angles half a head apart
 
 
 def test_wrong_block_is_put_back(monkeypatch):

@@ -1,15 +1,16 @@
 """Drop-in modules: subclasses of torch's with the same constructor, state_dict and repr.
 
-And the parts of a transformer that torch has no module for: GatedMLP, MLP.
+And the parts of a transformer that torch has no module for: GatedMLP, MLP, RotaryEmbedding.
 """
 
 from fastllm.nn.activation import GELU, SiLU
-from fastllm.nn.linear import Linear
+from fastllm.nn.linear import Embedding, Linear
 from fastllm.nn.loss import CrossEntropyLoss, DistillationLoss, LinearCrossEntropyLoss
 from fastllm.nn.mlp import MLP, GatedMLP
 from fastllm.nn.moe import MoE
 from fastllm.nn.norm import GroupNorm, LayerNorm, RMSNorm
 from fastllm.nn.preference import CPOLoss, DPOLoss, GRPOLoss, KTOLoss, ORPOLoss, SimPOLoss
+from fastllm.nn.rotary import RotaryEmbedding
 
 __all__ = [
     "GELU",
@@ -18,6 +19,7 @@ __all__ = [
     "CrossEntropyLoss",
     "DPOLoss",
     "DistillationLoss",
+    "Embedding",
     "GRPOLoss",
     "GatedMLP",
     "GroupNorm",
@@ -28,6 +30,7 @@ __all__ = [
     "MoE",
     "ORPOLoss",
     "RMSNorm",
+    "RotaryEmbedding",
     "SiLU",
     "SimPOLoss",
 ]

@@ -1,4 +1,4 @@
-"""Linear: torch's module with forward through fastllm.functional.
+"""Linear and Embedding: torch's modules with forward through fastllm.functional.
 
 `backend` is a class attribute (None: the best one), as in the norms.
 """
@@ -20,3 +20,25 @@ class Linear(torch.nn.Linear):
         if self.backend is None and not worth(input, self.weight, self.bias):
             return stock.linear(input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias, backend=self.backend)
+
+
+class Embedding(torch.nn.Embedding):
+    """torch.nn.Embedding: indices [*], output [*, embedding_dim]; deterministic backward.
+
+    Reading rows is torch's, at the speed of memory; what is won is won in backward.
+    """
+
+    backend: str | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor) or self.max_norm is not None or self.sparse:
+            return super().forward(input)
+        if self.backend is None and not (self.weight.requires_grad and torch.is_grad_enabled()):
+            return super().forward(input)
+        return F.embedding(
+            input,
+            self.weight,
+            self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            backend=self.backend,
+        )

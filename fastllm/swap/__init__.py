@@ -8,9 +8,13 @@ A swap changes the class of a module instance to a subclass of its own class and
 parameters, buffers, hooks, tied weights, optimizers, device maps and wrappers keep seeing the
 very same objects.
 
-rules.py     what matches -> what replaces it
-probe.py     which norm a module computes, found out by running it
-rewrite.py   residual additions fused into the norm that follows them
+rules.py     what matches -> what replaces it: norms, linears, embeddings, activations
+probe.py     which norm a module computes, found out by running it; activations.py and linears.py
+             do the same for theirs
+blocks.py    what is fused in a module together with its children:
+             rewrite.py  residual additions into the norm that follows them
+             mlp.py      the activation of a feed-forward block into the products around it
+             rotary.py   the rotation of queries and keys
 verify.py    the proof on the user's own input
 tuning.py    fastllm.tune: what a model really calls, measured
 winners.py   tune=True: replaced modules timed in place, only winners kept

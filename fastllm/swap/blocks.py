@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastllm.core.op import OPS
-from fastllm.swap import classes, mlp_probe, rewrite
+from fastllm.swap import classes, mlp_probe, rewrite, rotary
 from fastllm.swap.activations import activation_of
 from fastllm.swap.classes import Recipe
 from fastllm.swap.recompile import Unfusable
@@ -39,7 +39,7 @@ class Finder:
         """At most one recipe, and rows with reasons."""
         if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
             return
-        kinds: tuple[Callable[[str, Any], Found], ...] = (self.adds, self.mlp)
+        kinds: tuple[Callable[[str, Any], Found], ...] = (self.adds, self.mlp, self.rotary)
         for kind in kinds:
             found = kind(path, module)
             if found is None:
@@ -101,6 +101,27 @@ class Finder:
         row.reason = _lacking(recipe.ops(), self.backend) or ""
         row.new = f"fastllm {recipe.describe()}"
         return recipe, row
+
+    def rotary(self, path: str, module: nn.Module) -> Found:
+        """The rotation of queries and keys in an attention module."""
+        base = classes.original(module)
+        if module not in self.allowed or not module._modules:
+            return None
+        row = Row(path, type(module).__name__, kind="rotary embedding")
+        if ("rotary", base) not in self.known:
+            try:
+                self.known["rotary", base] = rotary.site(base)
+            except Unfusable as error:
+                self.known["rotary", base] = error
+        found = self.known["rotary", base]
+        if found is None:
+            return None
+        if isinstance(found, Unfusable):
+            row.reason = f"rotation not fused: {found}"
+            return None, row
+        row.reason = _lacking(("rotary_embedding",), self.backend) or ""
+        row.new = f"fastllm rotary_embedding in place of {found}"
+        return rotary.Rotary(found, self.backend), row
 
 
 def _kind(child: Any) -> Any:

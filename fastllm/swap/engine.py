@@ -13,6 +13,7 @@ from fastllm.swap.blocks import Finder
 from fastllm.swap.handle import Handle
 from fastllm.swap.mlp import MLP
 from fastllm.swap.report import Report, Row
+from fastllm.swap.rotary import Rotary
 from fastllm.swap.run import as_calls
 from fastllm.swap.select import Paths, chosen, paths_of
 from fastllm.swap.verify import Verification
@@ -142,7 +143,7 @@ def _fuse(
     finder = Finder(set(handle.modules.values()), allowed - barred, backend)
     blocks: dict[nn.Module, Row] = {}
     for module, (path, *_) in paths.items():
-        taken = isinstance(classes.recipe_of(module), MLP)
+        taken = isinstance(classes.recipe_of(module), MLP | Rotary)
         if module in barred or module in finder.swapped or taken:
             continue
         for recipe, row in finder.find(path, module):

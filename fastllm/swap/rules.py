@@ -110,6 +110,12 @@ def _never(reason: str) -> Callable[[nn.Module, Context], Choice]:
     return lambda module, context: Choice(reason=reason)
 
 
+def _why_not_embedding(module: nn.Embedding) -> str | None:
+    if module.max_norm is not None:
+        return "it renormalizes its weight (max_norm)"
+    return "its gradient is sparse" if module.sparse else None
+
+
 def _why_not_in_place(module: nn.SiLU) -> str | None:
     return "it writes into its input" if module.inplace else None
 
@@ -120,9 +126,16 @@ RULES = (
     _exactly(nn.RMSNorm, fast.RMSNorm, "rms_norm"),
     _exactly(nn.GroupNorm, fast.GroupNorm, "group_norm"),
     _exactly(nn.Linear, fast.Linear, "linear", "linear", linears.why_not),
+    _exactly(nn.Embedding, fast.Embedding, "embedding", "embedding", _why_not_embedding),
     _exactly(nn.GELU, fast.GELU, "gelu", "activation"),
     _exactly(nn.SiLU, fast.SiLU, "silu", "activation", _why_not_in_place),
     Rule("another linear", "linear", _foreign_linear, _never(SUBCLASS)),
+    Rule(
+        "another embedding",
+        "embedding",
+        lambda m: isinstance(m, nn.Embedding) and not isinstance(m, fast.Embedding),
+        _never(SUBCLASS),
+    ),
     Rule(
         "an activation, by what it computes",
         "activation",
@@ -196,6 +209,11 @@ def _linear_arguments(op: str, module: Any, params: list) -> tuple:
     return (weight.new_empty(256, weight.shape[1]), weight, module.bias, None, None)
 
 
+def _embedding_arguments(op: str, module: Any, params: list) -> tuple:
+    ids = torch.zeros(256, dtype=torch.long, device=module.weight.device)
+    return (module.weight, ids, module.padding_idx, module.scale_grad_by_freq)
+
+
 def _activation_arguments(op: str, module: Any, params: list) -> tuple:
     return (torch.empty(256, 64), *(("none",) if op == "gelu" else ()))
 
@@ -203,5 +221,6 @@ def _activation_arguments(op: str, module: Any, params: list) -> tuple:
 _ARGUMENTS: dict[str, Callable[[str, Any, list], tuple]] = {
     "norm": _norm_arguments,
     "linear": _linear_arguments,
+    "embedding": _embedding_arguments,
     "activation": _activation_arguments,
 }
