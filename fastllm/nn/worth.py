@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastllm.core.op import OPS
 from fastllm.core.tuner import table
-from fastllm.core.tuner.routes import FORWARD, TRAINING, call_key, device_of, lookup
+from fastllm.core.tuner.routes import FORWARD, TRAINING, Routes, call_key, device_of, lookup
 from fastllm.ops.matmul import products
 
 # multiplications, from which a product that torch is slow at pays for the way to ours
@@ -74,6 +74,8 @@ def measured(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool | None:
     key = call_key(args, None)
     if key is None:
         return None
+    if not isinstance(op.routes, Routes) and op.routes is not None:
+        op.routes.find(args)  # somebody notes the calls, to tune them
     if key not in _measured:
         if op.routes is not None:
             op.routes.find(args)  # it reads the tables and, if asked to, measures
