@@ -4,14 +4,42 @@ define/impl costs a quarter of `custom_op` per call. The dispatcher ops carry th
 name as their last argument, so that a compiled graph keeps the choice in force when it was traced.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastllm.core.backend import Backend
 from fastllm.core.op import Op
 
 LIBRARY = torch.library.Library("fastllm", "DEF")
+
+
+def define(
+    name: str, backends: Iterable[Backend], reference: Any, *, kind: type[Op] = Op, **facts: Any
+) -> Op:
+    """Registers the op `name` that `backends` serve, and `reference.<name>` in any case.
+
+    The module `reference` has `<name>` and `<name>_backward`. `facts` are the op's other fields;
+    unless they say otherwise, backward is given the forward arguments.
+    """
+    plain, backward = getattr(reference, name), getattr(reference, f"{name}_backward")
+    outputs = facts.get("outputs", 1)
+
+    def visible(*args: Any) -> Any:
+        results = plain(*args)
+        return results[0] if outputs == 1 else results[:outputs]
+
+    facts.setdefault("saved", lambda args, results: args)
+    op = kind(
+        name=name,
+        reference=visible if facts.get("hidden") else plain,
+        reference_backward=backward,
+        implementations=[*backends, Backend("reference", plain, backward)],
+        **facts,
+    )
+    return register(op)
 
 
 def register(op: Op) -> Op:

@@ -1,47 +1,31 @@
 """silu, gelu, relu2, and the gated products swiglu and geglu: fused forward and backward."""
 
-from typing import Any
-
 from torch import Tensor
 
-from fastllm.core.backend import Backend
-from fastllm.core.dispatch import register
+from fastllm.core.dispatch import define
 from fastllm.core.op import Op
 from fastllm.ops.activation import cpu, reference, spec, stock, triton
 from fastllm.ops.activation.cases import cases
 
 
-def _inputs(args: tuple, outputs: Any) -> tuple:
-    return args
-
-
 def _register(name: str) -> Op:
     gated = name in spec.GATED
-    plain, backward = getattr(reference, name), getattr(reference, f"{name}_backward")
     tensors = (0, 1) if gated else (0,)
-    op = Op(
-        name=name,
+    return define(
+        name,
+        (cpu.BACKENDS[name], triton.BACKENDS[name], stock.BACKENDS[name]),
+        reference,
         family="activation",
         schema=spec.schema(name),
         tensors=tensors,
-        saved=_inputs,
         saved_tensors=tensors,
         gradients={i: i for i in tensors},
         check=spec.check_gated if gated else spec.check_unary,
         fake=spec.fake_gated if gated else spec.fake_unary,
         fake_backward=spec.fake_gated_backward if gated else spec.fake_unary_backward,
-        reference=plain,
-        reference_backward=backward,
-        implementations=[
-            cpu.BACKENDS[name],
-            triton.BACKENDS[name],
-            stock.BACKENDS[name],
-            Backend("reference", plain, backward),
-        ],
         cost=spec.cost_gated if gated else spec.cost_unary,
         cases=cases(name),
     )
-    return register(op)
 
 
 silu_op, gelu_op, relu2_op = map(_register, spec.UNARY)

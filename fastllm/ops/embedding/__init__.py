@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllm.core.backend import Backend
-from fastllm.core.dispatch import register
-from fastllm.core.op import Op
+from fastllm.core.dispatch import define
 from fastllm.ops.embedding import cpu, reference, spec, stock, triton
 from fastllm.ops.embedding.cases import cases
 
@@ -25,30 +23,22 @@ def _forward_args(saved: tuple) -> tuple:
     return (input.new_empty((0, 0), dtype=dtype), input, *rest)
 
 
-embedding_op = register(
-    Op(
-        name="embedding",
-        family="embedding",
-        schema=spec.SCHEMA,
-        tensors=(0, 1),
-        saved=_saved,
-        saved_tensors=(0,),
-        gradients={0: 0},
-        forward_args=_forward_args,
-        check=spec.check,
-        fake=spec.fake,
-        fake_backward=spec.fake_backward,
-        reference=reference.embedding,
-        reference_backward=reference.embedding_backward,
-        implementations=[
-            cpu.BACKEND,
-            triton.BACKEND,
-            stock.BACKEND,
-            Backend("reference", reference.embedding, reference.embedding_backward),
-        ],
-        cost=spec.cost,
-        cases=cases(),
-    )
+embedding_op = define(
+    "embedding",
+    (cpu.BACKEND, triton.BACKEND, stock.BACKEND),
+    reference,
+    family="embedding",
+    schema=spec.SCHEMA,
+    tensors=(0, 1),
+    saved=_saved,
+    saved_tensors=(0,),
+    gradients={0: 0},
+    forward_args=_forward_args,
+    check=spec.check,
+    fake=spec.fake,
+    fake_backward=spec.fake_backward,
+    cost=spec.cost,
+    cases=cases(),
 )
 
 

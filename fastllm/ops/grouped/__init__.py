@@ -5,41 +5,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.core.backend import Backend
-from fastllm.core.dispatch import register
-from fastllm.core.op import Op
+from fastllm.core.dispatch import define
 from fastllm.ops.grouped import cpu, reference, spec, stock, triton
 from fastllm.ops.grouped.cases import cases
 
-
-def _inputs(args: tuple, outputs: Any) -> tuple:
-    return args
-
-
-grouped_linear_op = register(
-    Op(
-        name="grouped_linear",
-        family="grouped",
-        schema=spec.SCHEMA,
-        tensors=(0, 1, 3),  # offsets are integers: spec.check looks at them
-        saved=_inputs,
-        saved_tensors=(0, 1, 2, 3),
-        gradients={0: 0, 1: 1, 3: 2},
-        check=spec.check,
-        fake=spec.fake,
-        fake_backward=spec.fake_backward,
-        reference=reference.grouped_linear,
-        reference_backward=reference.grouped_linear_backward,
-        implementations=[
-            cpu.BACKEND,
-            triton.BACKEND,
-            stock.BACKEND,
-            Backend("reference", reference.grouped_linear, reference.grouped_linear_backward),
-        ],
-        cost=spec.cost,
-        cases=cases(),
-        autocast={"cpu": torch.bfloat16, "cuda": torch.float16},
-    )
+grouped_linear_op = define(
+    "grouped_linear",
+    (cpu.BACKEND, triton.BACKEND, stock.BACKEND),
+    reference,
+    family="grouped",
+    schema=spec.SCHEMA,
+    tensors=(0, 1, 3),  # offsets are integers: spec.check looks at them
+    saved_tensors=(0, 1, 2, 3),
+    gradients={0: 0, 1: 1, 3: 2},
+    check=spec.check,
+    fake=spec.fake,
+    fake_backward=spec.fake_backward,
+    cost=spec.cost,
+    cases=cases(),
+    autocast={"cpu": torch.bfloat16, "cuda": torch.float16},
 )
 
 

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllm.core.backend import Backend
-from fastllm.core.dispatch import register
-from fastllm.core.op import Op
+from fastllm.core.dispatch import define
 from fastllm.ops.linear_loss import chunked, reference, spec
 from fastllm.ops.linear_loss.cases import cases
 from fastllm.ops.loss import stock
@@ -32,35 +31,24 @@ def _serves(input: Tensor, *_: Any) -> None:
     spec.require_float("input", input)
 
 
-linear_cross_entropy_op = register(
-    Op(
-        name="linear_cross_entropy",
-        family="loss",
-        schema=spec.SCHEMA,
-        tensors=(0, 1, 2, 3, 4),
-        saved=lambda args, out: (*args[:5], out[1], out[2] if len(out) > 2 else None, *args[5:]),
-        saved_tensors=(0, 1, 2, 3, 4, 5),
-        forward_args=lambda saved: (*saved[:5], *saved[7:]),
-        gradients={0: 0, 1: 1, 3: 2},
-        check=spec.check,
-        fake=spec.fake,
-        fake_backward=spec.fake_backward,
-        reference=lambda *args: reference.linear_cross_entropy(*args)[0],
-        reference_backward=reference.linear_cross_entropy_backward,
-        implementations=[
-            *chunked.BACKENDS,
-            Backend("torch", _stock, supports=_serves),
-            Backend(
-                "reference",
-                reference.linear_cross_entropy,
-                reference.linear_cross_entropy_backward,
-            ),
-        ],
-        hidden=1,
-        cost=spec.cost,
-        cases=cases(),
-        autocast_composite=("cpu", "cuda"),
-    )
+linear_cross_entropy_op = define(
+    "linear_cross_entropy",
+    (*chunked.BACKENDS, Backend("torch", _stock, supports=_serves)),
+    reference,
+    family="loss",
+    schema=spec.SCHEMA,
+    tensors=(0, 1, 2, 3, 4),
+    saved=lambda args, out: (*args[:5], out[1], out[2] if len(out) > 2 else None, *args[5:]),
+    saved_tensors=(0, 1, 2, 3, 4, 5),
+    forward_args=lambda saved: (*saved[:5], *saved[7:]),
+    gradients={0: 0, 1: 1, 3: 2},
+    check=spec.check,
+    fake=spec.fake,
+    fake_backward=spec.fake_backward,
+    hidden=1,
+    cost=spec.cost,
+    cases=cases(),
+    autocast_composite=("cpu", "cuda"),
 )
 
 

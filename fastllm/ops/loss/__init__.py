@@ -5,30 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.core.backend import Backend
-from fastllm.core.dispatch import register
+from fastllm.core.dispatch import define
 from fastllm.core.op import Op
 from fastllm.ops.loss import cpu, reference, spec, stock, triton
 from fastllm.ops.loss.cases import cases
 
 
 def _register(name: str, **facts: Any) -> Op:
-    backward = getattr(reference, f"{name}_backward")
-    plain = getattr(reference, name)
-    tables = (cpu.BACKENDS, triton.BACKENDS, stock.BACKENDS)
-    op = Op(
-        name=name,
-        family="loss",
-        schema=spec.SCHEMAS[name],
-        reference=lambda *args: plain(*args)[0],
-        reference_backward=backward,
-        implementations=[*(t[name] for t in tables), Backend("reference", plain, backward)],
-        hidden=1,
-        cases=cases(name),
-        autocast={"cpu": torch.float32, "cuda": torch.float32},
-        **facts,
-    )
-    return register(op)
+    """The op `name`: what its name settles, and the facts that are its own."""
+    backends = (cpu.BACKENDS[name], triton.BACKENDS[name], stock.BACKENDS[name])
+    facts.update(family="loss", schema=spec.SCHEMAS[name], cases=cases(name), hidden=1)
+    facts["autocast"] = {"cpu": torch.float32, "cuda": torch.float32}
+    return define(name, backends, reference, **facts)
 
 
 def _saved(args: tuple, outputs: tuple) -> tuple:

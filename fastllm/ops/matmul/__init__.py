@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastllm.core.backend import Backend
-from fastllm.core.dispatch import register
+from fastllm.core.dispatch import define
 from fastllm.core.op import Op
 from fastllm.ops.matmul import cpu, reference, spec, stock, triton
 from fastllm.ops.matmul.cases import cases
@@ -14,12 +14,6 @@ from fastllm.ops.matmul.packed import prepack as prepack
 from fastllm.ops.matmul.packed import unpack as unpack
 
 TABLES = (cpu.BACKENDS, cpu.ONEDNN, triton.BACKENDS, stock.BACKENDS)
-
-
-def _implementations(name: str) -> list[Backend]:
-    found = [table[name] for table in TABLES if name in table]
-    plain, backward = getattr(reference, name), getattr(reference, f"{name}_backward")
-    return [*found, Backend("reference", plain, backward)]
 
 
 class ProductOp(Op):
@@ -33,18 +27,10 @@ class ProductOp(Op):
 
 def _register(name: str, **facts: Any) -> Op:
     """The op `name`: what its name settles, and the facts that are its own."""
-    op = ProductOp(
-        name=name,
-        family="matmul",
-        schema=spec.SCHEMAS[name],
-        reference=getattr(reference, name),
-        reference_backward=getattr(reference, f"{name}_backward"),
-        implementations=_implementations(name),
-        cases=cases(name),
-        autocast_composite=("cpu", "cuda"),
-        **facts,
-    )
-    return register(op)
+    backends = [table[name] for table in TABLES if name in table]
+    facts.update(family="matmul", schema=spec.SCHEMAS[name], cases=cases(name))
+    facts["autocast_composite"] = ("cpu", "cuda")
+    return define(name, backends, reference, kind=ProductOp, **facts)
 
 
 def _linear_saved(args: tuple, outputs: Any) -> tuple:
@@ -60,10 +46,6 @@ def _linear_pre_saved(args: tuple, outputs: tuple) -> tuple:
 def _linear_again(saved: tuple) -> tuple:
     """Forward arguments again: a residual does not change what serves."""
     return (*saved[:3], None, saved[-1])
-
-
-def _inputs(args: tuple, outputs: Any) -> tuple:
-    return args
 
 
 def _gated_pre_saved(args: tuple, outputs: tuple) -> tuple:
@@ -102,7 +84,6 @@ linear_pre_op = _register(
 gated_linear_op = _register(
     "gated_linear",
     tensors=(0, 1, 2),
-    saved=_inputs,
     saved_tensors=(0, 1, 2),
     gradients={0: 0, 1: 1, 2: 2},
     check=spec.check_gated,
@@ -126,7 +107,6 @@ gated_linear_pre_op = _register(
 matmul_op = _register(
     "matmul",
     tensors=(0, 1),
-    saved=_inputs,
     saved_tensors=(0, 1),
     gradients={0: 0, 1: 1},
     check=spec.check_matmul,

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.core.backend import Backend
-from fastllm.core.dispatch import register
+from fastllm.core.dispatch import define
 from fastllm.core.op import Op
 from fastllm.ops.moe import cpu, reference, spec, stock, triton
 from fastllm.ops.moe.cases import cases
@@ -14,28 +13,11 @@ from fastllm.ops.moe.cases import cases
 TABLES = (cpu.BACKENDS, triton.BACKENDS, stock.BACKENDS)
 
 
-def _inputs(args: tuple, outputs: Any) -> tuple:
-    return args
-
-
 def _register(name: str, **facts: Any) -> Op:
-    plain, backward = getattr(reference, name), getattr(reference, f"{name}_backward")
-    op = Op(
-        name=name,
-        family="moe",
-        schema=spec.SCHEMAS[name],
-        saved=_inputs,
-        reference=plain,
-        reference_backward=backward,
-        implementations=[
-            *[table[name] for table in TABLES],
-            Backend("reference", plain, backward),
-        ],
-        cost=spec.cost,
-        cases=cases(name),
-        **facts,
-    )
-    return register(op)
+    """The op `name`: what its name settles, and the facts that are its own."""
+    backends = [table[name] for table in TABLES]
+    facts.update(family="moe", schema=spec.SCHEMAS[name], cost=spec.cost, cases=cases(name))
+    return define(name, backends, reference, **facts)
 
 
 # positions are integers: the checks look at them

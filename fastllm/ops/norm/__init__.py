@@ -5,23 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.core.backend import Backend
-from fastllm.core.dispatch import register
+from fastllm.core.dispatch import define
 from fastllm.core.op import Op
 from fastllm.ops.norm import cpu, cuda, reference, spec, stock, triton
 from fastllm.ops.norm.cases import cases
 
 TABLES = (cpu.BACKENDS, triton.BACKENDS, cuda.BACKENDS, stock.BACKENDS)
-
-
-def _implementations(name: str) -> list[Backend]:
-    found = [table[name] for table in TABLES if name in table]
-    plain, backward = getattr(reference, name), getattr(reference, f"{name}_backward")
-    return [*found, Backend("reference", plain, backward)]
-
-
-def _inputs(args: tuple, outputs: Any) -> tuple:
-    return args
 
 
 def _sum(args: tuple, outputs: tuple) -> tuple:
@@ -36,23 +25,14 @@ def _twice(saved: tuple) -> tuple:
 
 def _register(name: str, **facts: Any) -> Op:
     """The op `name`: what its name settles, and the facts that are its own."""
-    op = Op(
-        name=name,
-        family="norm",
-        schema=spec.SCHEMAS[name],
-        reference=getattr(reference, name),
-        reference_backward=getattr(reference, f"{name}_backward"),
-        implementations=_implementations(name),
-        cases=cases(name),
-        **facts,
-    )
-    return register(op)
+    backends = [table[name] for table in TABLES if name in table]
+    facts.update(family="norm", schema=spec.SCHEMAS[name], cases=cases(name))
+    return define(name, backends, reference, **facts)
 
 
 rms_norm_op = _register(
     "rms_norm",
     tensors=(0, 2),
-    saved=_inputs,
     saved_tensors=(0, 2),
     gradients={0: 0, 2: 1},
     check=spec.check_rms,
@@ -64,7 +44,6 @@ rms_norm_op = _register(
 layer_norm_op = _register(
     "layer_norm",
     tensors=(0, 2, 3),
-    saved=_inputs,
     saved_tensors=(0, 2, 3),
     gradients={0: 0, 2: 1, 3: 2},
     check=spec.check_layer,
@@ -104,7 +83,6 @@ add_layer_norm_op = _register(
 group_norm_op = _register(
     "group_norm",
     tensors=(0, 2, 3),
-    saved=_inputs,
     saved_tensors=(0, 2, 3),
     gradients={0: 0, 2: 1, 3: 2},
     check=spec.check_group,

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.core.backend import Backend
-from fastllm.core.dispatch import register
-from fastllm.core.op import Op, describe
+from fastllm.core.dispatch import define
+from fastllm.core.op import describe
 from fastllm.ops.rotary import cpu, reference, spec, stock, triton
 from fastllm.ops.rotary.cases import cases
 
@@ -23,31 +22,23 @@ def _forward_args(saved: tuple) -> tuple:
     return (saved[0], saved[0], saved[0], saved[1], *saved[5:])
 
 
-rotary_op = register(
-    Op(
-        name="rotary_embedding",
-        family="rotary",
-        schema=spec.SCHEMA,
-        tensors=(0, 1, 2, 3),
-        saved=_saved,
-        saved_tensors=(0, 1),
-        gradients={0: 0, 1: 1},
-        outputs=2,
-        forward_args=_forward_args,
-        check=spec.check,
-        fake=spec.fake,
-        fake_backward=spec.fake_backward,
-        reference=reference.rotary_embedding,
-        reference_backward=reference.rotary_embedding_backward,
-        implementations=[
-            cpu.BACKEND,
-            triton.BACKEND,
-            stock.BACKEND,
-            Backend("reference", reference.rotary_embedding, reference.rotary_embedding_backward),
-        ],
-        cost=spec.cost,
-        cases=cases(),
-    )
+rotary_op = define(
+    "rotary_embedding",
+    (cpu.BACKEND, triton.BACKEND, stock.BACKEND),
+    reference,
+    family="rotary",
+    schema=spec.SCHEMA,
+    tensors=(0, 1, 2, 3),
+    saved=_saved,
+    saved_tensors=(0, 1),
+    gradients={0: 0, 1: 1},
+    outputs=2,
+    forward_args=_forward_args,
+    check=spec.check,
+    fake=spec.fake,
+    fake_backward=spec.fake_backward,
+    cost=spec.cost,
+    cases=cases(),
 )
 
 

@@ -5,18 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.core.backend import Backend
-from fastllm.core.dispatch import register
+from fastllm.core.dispatch import define
 from fastllm.core.op import Op
 from fastllm.ops.softmax import cpu, reference, spec, stock, triton
 from fastllm.ops.softmax.cases import cases
 
 
 def _register(name: str) -> Op:
-    plain, backward = getattr(reference, name), getattr(reference, f"{name}_backward")
-    tables = (cpu.BACKENDS, triton.BACKENDS, stock.BACKENDS)
-    op = Op(
-        name=name,
+    return define(
+        name,
+        (cpu.BACKENDS[name], triton.BACKENDS[name], stock.BACKENDS[name]),
+        reference,
         family="softmax",
         schema=spec.SCHEMA,
         tensors=(0,),
@@ -26,14 +25,10 @@ def _register(name: str) -> Op:
         check=spec.check,
         fake=spec.fake,
         fake_backward=lambda output, dim: (spec.fake(output, dim),),
-        reference=plain,
-        reference_backward=backward,
-        implementations=[*(t[name] for t in tables), Backend("reference", plain, backward)],
         cost=spec.cost,
         cases=cases(),
         autocast={"cuda": torch.float32},
     )
-    return register(op)
 
 
 softmax_op = _register("softmax")
