@@ -29,6 +29,9 @@ INLINE Vec root(Vec a) {
   return a;
 }
 INLINE Vec quick_root(Vec a) { return root(a); }
+INLINE Vec rough_root(Vec a) { return root(a); }
+INLINE Vec rough_fourth_root(Vec a) { return root(root(a)); }
+INLINE Vec rough_inverse(Vec a) { return {1.0f / a.v}; }
 // The largest lane, taken as unsigned integers: of magnitudes, NaN above inf above all others.
 INLINE uint32_t top_bits(Vec a) {
   const u32x4 bits = (u32x4)a.v;
@@ -131,3 +134,7 @@ INLINE Vec rounded(const T* p, Vec a) {
 
 // W bytes as the 32-bit integers in the lanes.
 INLINE u32x4 load_bytes(const uint8_t* p) { return u32x4{p[0], p[1], p[2], p[3]}; }
+// The low byte of each lane.
+INLINE void store_bytes(uint8_t* p, u32x4 a) {
+  for (int i = 0; i < W; ++i) p[i] = uint8_t(a[i]);
+}
