@@ -351,3 +351,41 @@ def test_step_in_backward():
     assert all(p.grad is not None for p in model.parameters())
     with pytest.raises(ValueError, match="max_grad_norm"):
         optim.step_in_backward(model, lambda p: optim.AdamW(p, max_grad_norm=1.0))
+
+
+# ---- torch's own step
+
+
+@pytest.mark.parametrize("cls", [optim.AdamW, optim.Adam, optim.SGD])
+def test_other_devices_are_torchs(cls):
+    """Never slower: where no kernel is, torch's own multi-tensor step runs."""
+    p = Parameter(torch.empty(30, 7, device="meta"))
+    p.grad = torch.empty_like(p)
+    optimizer = cls([p])
+    optimizer.step()
+    assert optimizer.backend_used == "torch"
+
+
+def test_torchs_step_leaves_gradients_alone():
+    """Unscaled and clipped for torch's step, while p.grad stays the tensor that it was."""
+    p, q = Parameter(torch.ones(30)), Parameter(torch.ones(30))
+    grad = torch.randn(30) * 4
+    p.grad, q.grad = grad, grad / 4
+    before = grad.clone()
+    torch.nn.utils.clip_grad_norm_([q], 0.1)
+    torch.optim.SGD([q], lr=1.0).step()
+    ours = optim.SGD([p], lr=1.0, max_grad_norm=0.1)
+    ours.grad_scale, ours.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    with fastllm.backend("torch"):
+        ours.step()
+    assert p.grad is grad and torch.equal(grad, before)
+    torch.testing.assert_close(p, q)
+
+
+def test_bench_subjects_prove_themselves():
+    from fastllm.core import subject
+    from fastllm.optim import subjects  # noqa: F401
+
+    found = [s for name in ("AdamW", "SGD") for s in subject.SUBJECTS[name].scenarios]
+    assert {"67M", "67M-int8", "500x1000", "300x20k"} <= {s.name for s in found}
+    assert [s.wrong("cpu") for s in found] == [None] * len(found)

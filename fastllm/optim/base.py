@@ -5,6 +5,7 @@ hooks, schedulers, closures and the state_dict stay torch's.
 """
 
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fastllm.optim.settings import Settings
 from fastllm.optim.work import Work, run
 
 MASTER = "master_param"
+_is_cpu = attrgetter("is_cpu")
 
 
 class Fused(Optimizer):
@@ -107,7 +109,8 @@ class Fused(Optimizer):
         factor = self._factor()
         name = choice.name
         special = any(g.get("capturable") or g.get("differentiable") for g in self.param_groups)
-        if name == "torch" or (name is None and special):
+        elsewhere = name is None and not self._on_cpu() and self.not_torch() is None
+        if name == "torch" or (name is None and special) or elsewhere:
             reason = self.not_torch()
             if reason is not None:
                 raise UnsupportedError(f"{type(self).__name__}: backend 'torch': {reason}")
@@ -115,6 +118,10 @@ class Fused(Optimizer):
             return
         works = [self._collect(group, index, factor) for index, group in self._numbered()]
         self.backend_used = run(self.kind, [w for w in works if w.params], check_name(name))
+
+    def _on_cpu(self) -> bool:
+        """Whether all parameters are: the kernels are there, torch's own step is elsewhere."""
+        return all(all(map(_is_cpu, group["params"])) for group in self.param_groups)
 
     def not_torch(self) -> str | None:
         """Why torch's own step cannot do this step, or None."""
@@ -129,17 +136,22 @@ class Fused(Optimizer):
         return None
 
     def _stock(self, factor: float) -> None:
-        """torch's own step; it neither unscales nor clips, so that is done before."""
+        """torch's own step; it neither unscales nor clips, so it gets gradients that are."""
         given: dict[str, Any] = {
             n: self.__dict__.pop(n) for n in ("grad_scale", "found_inf") if n in self.__dict__
         }
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        kept = [p.grad for p in params] if factor != 1.0 else []
         try:
-            if factor != 1.0:
-                found = [p.grad for g in self.param_groups for p in g["params"]]
-                torch._foreach_mul_([g for g in found if g is not None], factor)
+            for p, grad in zip(
+                params, torch._foreach_mul(kept, factor) if kept else (), strict=False
+            ):
+                p.grad = grad
             self._stock_step()(self)
             self.backend_used = "torch"
         finally:
+            for p, grad in zip(params, kept, strict=False):
+                p.grad = grad
             self.__dict__.update(given)
 
     def _stock_step(self) -> Callable[..., Any]:

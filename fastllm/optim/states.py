@@ -8,7 +8,7 @@ A code stands for value(code) * scale, where scale is the largest magnitude amon
 The roots give small values their share of the codes. Codes, and bfloat16, are rounded up or down at
 random in proportion to the distances: a moving average that moves by less than half a code in each
 step would otherwise never move. The random bits come from a counter (element, tensor, step, seed),
-so that a step is repeatable. A second moment above zero keeps a code above zero.
+so that a step is repeatable. A second moment's code is above zero wherever its scale is.
 
 This module is the plain torch form; the kernels do the same.
 """
@@ -126,7 +126,6 @@ def random_bits(key: int, elements: int, device: torch.device) -> Tensor:
     x = torch.arange(elements, device=device)
     x = ((x & _MASK) * 0x9E3779B9 + key + _high(x >> 32)) & _MASK
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
     return x ^ (x >> 15)
 
 
@@ -159,18 +158,20 @@ def encode(x: Tensor, code: Code, key: int) -> tuple[Tensor, Tensor]:
     scales = torch.where(scales < torch.finfo(torch.float32).tiny, 0.0, scales)
     usable = scales.isfinite() & (scales > 0)
     inverse = torch.where(usable, 1.0 / scales, 0.0)
-    y = torch.where(usable[:, None], padded.abs() * inverse[:, None] * code.unit, 0.0)
+    # a little short of the unit: rounding never takes the largest past the last code
+    unit = code.unit * (1 - 2.0**-22)
+    y = torch.where(usable[:, None], padded.abs() * inverse[:, None] * unit, 0.0)
     y = y.flatten()[:n]
     low = code.low(y)
     below, above = code.value(low), code.value(low + 1)
     if key:
-        shift = 0 if code.signed else 16
-        share = ((random_bits(key, n, x.device) >> shift) & 0xFFFF).float() * 2.0**-16
+        bits = random_bits(key, n, x.device)
+        share = (bits & 0x7FFFFF if code.signed else bits >> 9).float() * 2.0**-23
     else:
         share = torch.full_like(y, 0.5)
     made = (low + (share * (above - below) < y - below).int()).clamp(max=code.most)
     if not code.signed:
-        made = torch.where((made == 0) & (y > 0), 1, made)
+        made = made.maximum(usable.repeat_interleave(BLOCK)[:n])
     elif code.dtype == torch.int8:
         made = torch.where(x.signbit(), -made, made) & 255
     else:

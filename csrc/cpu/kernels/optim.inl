@@ -160,6 +160,91 @@ INLINE void update(int kind, const Floating& f, const Coefficients& c, i64 n) {
   }
 }
 
+// Two 8-bit moments of whole blocks.
+struct Coded {
+  uint8_t* code[2];
+  float* scale[2];
+  uint32_t key;
+  i64 at;
+};
+
+// adam() from codes to codes: a group of blocks is updated with its moments in the cache, and
+// encoded once their scales are known. n is a multiple of kScaled.
+template <class M, class V, bool Decay>
+APART void adam_coded(const Floating& f, const Coded& s, const Coefficients& c, i64 n) {
+  alignas(64) float first_room[kRoom], second_room[kRoom];
+  const Vec grad_scale = set1(c.grad), l2 = set1(c.l2), decay = set1(c.decay), mix1 = set1(c.mix1);
+  const Vec mix2 = set1(c.mix2), unbias = set1(c.root), eps = set1(c.eps);
+  const Vec step = set1(-c.step);
+  for (i64 group = 0; group < n; group += kRoom) {
+    const i64 end = least(n, group + kRoom);
+    for (i64 block = group; block < end; block += kScaled) {
+      float* scales[2] = {s.scale[0] + block / kScaled, s.scale[1] + block / kScaled};
+      const Vec unit1 = set1(*scales[0] * (1.0f / M::kUnit) * (1.0f - c.mix1));
+      const Vec unit2 = set1(*scales[1] * (1.0f / V::kUnit) * c.keep2);
+      Words top1 = words(0), top2 = words(0);
+      for (i64 i = block; i < block + kScaled; i += W) {
+        Vec param = load(f.param + i), grad = load(f.grad + i) * grad_scale;
+        if (Decay) grad = fma(l2, param, grad);
+        const Vec first = fma(M::get((Words)load_bytes(s.code[0] + i)), unit1, grad * mix1);
+        const Vec second =
+            fma(grad * grad, mix2, V::get((Words)load_bytes(s.code[1] + i)) * unit2);
+        store(first_room + (i - group), first);
+        store(second_room + (i - group), second);
+        top1 = larger_bits(top1, magnitude(first));
+        top2 = larger_bits(top2, (Words)second.v);
+        const Vec size = fma(rough_root(second), unbias, eps);
+        store(f.param + i, fma(step, first * rough_inverse(size), param * decay));
+      }
+      *scales[0] = scale_of(top1);
+      *scales[1] = scale_of(top2);
+    }
+    for (i64 block = group; block < end; block += kScaled) {
+      const Coder<M> one(s.scale[0][block / kScaled]);
+      const Coder<V> two(s.scale[1][block / kScaled]);
+      Random random(s.key, s.at + block);
+      for (i64 i = block; i < block + kScaled; i += W) {
+        const Words bits = random.take();
+        const Words m = one.code(load(first_room + (i - group)), bits);
+        store_bytes(s.code[0] + i, (Lane32)m);
+        const Words v = two.code(load(second_room + (i - group)), bits);
+        store_bytes(s.code[1] + i, (Lane32)v);
+      }
+    }
+  }
+}
+
+template <class M, class V>
+INLINE void adam_coded(const Floating& f, const Coded& s, const Coefficients& c, i64 n) {
+  c.l2 != 0.0f ? adam_coded<M, V, true>(f, s, c, n) : adam_coded<M, V, false>(f, s, c, n);
+}
+
+// The whole blocks of Adam's first n elements at `at`, where both moments are 8-bit codes; returns
+// how many elements that were.
+INLINE i64 update_coded(int kind, const Tensor& t, const Floating& f, i64 at, i64 n) {
+  const bool int8 = t.store[0] == kSignedRoot && t.store[1] == kFourthRoot;
+  const bool fp8 = t.store[0] == kFp8 && t.store[1] == kFp8Square;
+  n = n / kScaled * kScaled;
+  if (kind != kAdam || t.state[2] || !(int8 || fp8) || n == 0) return 0;
+  const Coded s = {{static_cast<uint8_t*>(t.state[0]) + at, static_cast<uint8_t*>(t.state[1]) + at},
+                   {t.scale[0] + at / kScaled, t.scale[1] + at / kScaled}, t.key, at};
+  int8 ? adam_coded<SignedRoot, FourthRoot>(f, s, *t.use, n)
+       : adam_coded<Fp8, Fp8Square>(f, s, *t.use, n);
+  return n;
+}
+
+// n elements at `at` through decoded states.
+INLINE void update_decoded(int kind, const Tensor& t, Floating f, i64 at, i64 n, Room& room) {
+  for (int k = 0; k < 3; ++k) {
+    if (!t.state[k]) continue;
+    f.state[k] = static_cast<float*>(t.state[k]) + at;
+    if (t.store[k] != kPlain) read_state(t, k, at, f.state[k] = room.state[k], n);
+  }
+  update(kind, f, *t.use, n);
+  for (int k = 0; k < 3; ++k)
+    if (t.state[k] && t.store[k] != kPlain) write_state(t, k, at, f.state[k], n);
+}
+
 // The elements [from, to) of a tensor; from is a multiple of kRoom. What lies in memory as float32
 // is updated there, the rest passes through the room.
 INLINE void piece(int kind, const Tensor& t, i64 from, i64 to) {
@@ -179,14 +264,9 @@ INLINE void piece(int kind, const Tensor& t, i64 from, i64 to) {
       read_as(t.grad_type, t.grad, at, room.grad, n);
       f.grad = room.grad;
     }
-    for (int k = 0; k < 3; ++k) {
-      if (!t.state[k]) continue;
-      f.state[k] = static_cast<float*>(t.state[k]) + at;
-      if (t.store[k] != kPlain) read_state(t, k, at, f.state[k] = room.state[k], n);
-    }
-    update(kind, f, *t.use, n);
-    for (int k = 0; k < 3; ++k)
-      if (t.state[k] && t.store[k] != kPlain) write_state(t, k, at, f.state[k], n);
+    const i64 done = update_coded(kind, t, f, at, n);
+    const Floating rest = {f.param + done, f.grad + done, {}};
+    if (done < n) update_decoded(kind, t, rest, at + done, n - done, room);
     if (!round) continue;
     if (t.stochastic)
       round_stochastic(static_cast<bf16*>(t.param) + at, f.param, n, mixed(t.key), at);

@@ -2,8 +2,8 @@
 
 typedef uint32_t Words __attribute__((vector_size(W * 4)));
 typedef int32_t Ints __attribute__((vector_size(W * 4)));
-typedef uint8_t Bytes __attribute__((vector_size(W)));
 typedef decltype(Vec::v) Floats;
+typedef decltype(load_bytes(nullptr)) Lane32;
 
 INLINE Words words(uint32_t x) { return Words{} + x; }
 INLINE Vec from_int(Words a) { return {(Floats)__builtin_convertvector((Ints)a, Floats)}; }
@@ -13,12 +13,7 @@ INLINE Words pick_words(Words mask, Words yes, Words no) { return (mask & yes) |
 INLINE Words less(Vec a, Vec b) { return (Words)(a.v < b.v); }
 INLINE Words magnitude(Vec a) { return (Words)a.v & 0x7fffffffu; }
 INLINE Vec quotient(Vec a, Vec b) { return {a.v / b.v}; }
-INLINE Vec larger(Vec a, Vec b) { return {(Floats)pick_words(less(a, b), (Words)b.v, (Words)a.v)}; }
-
-INLINE void store_bytes(void* p, Words a) {
-  const Bytes b = __builtin_convertvector(a, Bytes);
-  __builtin_memcpy(p, &b, W);
-}
+INLINE Vec larger(Vec a, Vec b) { return {a.v < b.v ? b.v : a.v}; }
 
 // A counter-based generator: 32 random bits an element from its index and the tensor's key, so
 // that they do not depend on threads or on the width of a vector.
@@ -53,31 +48,33 @@ struct Random {
     next = next + uint32_t(W) * kGolden;
     x ^= x >> 16;
     x *= 0x21f0aaadu;
-    x ^= x >> 15;
-    x *= 0x735a2d97u;
     return x ^ (x >> 15);
   }
 };
-// 16 of the bits as a number in [0, 1).
+// 23 of the bits, the upper or the lower ones, as a number in [0, 1): no conversion.
 template <bool Upper>
-INLINE Vec fraction(Words random) {
-  return from_int(Upper ? random >> 16 : random & 0xffffu) * set1(0x1p-16f);
+INLINE Vec share(Words random) {
+  const Words bits = (Upper ? random >> 9 : random & 0x7fffffu) | 0x3f800000u;
+  return Vec{(Floats)bits} - set1(1.0f);
+}
+INLINE Words above_or(Words low, Vec threshold, Vec y) {
+  return threshold.v < y.v ? low + 1u : low;
 }
 
-// Each code: numbers in units of scale / kUnit; value(c) of codes counted from zero, rising; low(y)
-// the code at or next below y. `put` and `get` add and take the sign.
+// Each code: numbers in units of scale / kUnit. get(byte) is one's number; put(v, y, random) is the
+// code of v, whose magnitude is y, up or down at random, in proportion to the distances, so that
+// the mean of what is decoded is v. A rough root may pick the neighbour of the code next below y;
+// the comparison with value + share * gap then still decides rightly. What is not finite takes any
+// code, for the scale makes it NaN or inf.
 struct SignedRoot {
-  static constexpr uint32_t kMost = 127;
   static constexpr float kUnit = 16129.0f;
   static constexpr bool kSigned = true;
-  INLINE_MEMBER static Vec value(Words c) {
-    const Vec z = from_int(c);
-    return z * z;
-  }
-  INLINE_MEMBER static Words low(Vec y) { return to_int(quick_root(y)); }
-  INLINE_MEMBER static Words put(Words bits, Words code) {  // two's complement
-    const Words s = (Words)((Ints)bits >> 31);
-    return (code ^ s) - s;
+  INLINE_MEMBER static Words put(Vec v, Vec y, Words random) {
+    const Words low = to_int(rough_root(y));
+    const Vec z = from_int(low), u = share<false>(random);
+    // z^2 + u (2 z + 1)
+    const Ints code = (Ints)above_or(low, fma(z, fma(set1(2.0f), u, z), u), y);
+    return (Words)((Ints)v.v < 0 ? -code : code);
   }
   INLINE_MEMBER static Vec get(Words byte) {
     const Vec z = from_int((Words)((Ints)(byte << 24) >> 24));
@@ -85,15 +82,18 @@ struct SignedRoot {
   }
 };
 struct FourthRoot {
-  static constexpr uint32_t kMost = 255;
   static constexpr float kUnit = 4228250625.0f;
   static constexpr bool kSigned = false;
-  INLINE_MEMBER static Vec value(Words c) {
-    const Vec z = from_int(c), s = z * z;
+  INLINE_MEMBER static Words put(Vec, Vec y, Words random) {
+    const Words low = to_int(rough_fourth_root(y));
+    const Vec two = set1(2.0f), z = from_int(low), s = z * z, d = fma(two, z, set1(1.0f));
+    // z^4 + u ((z + 1)^4 - z^4), with the difference as (2 z + 1) (2 z^2 + 2 z + 1)
+    return above_or(low, fma(share<true>(random) * d, fma(two, s, d), s * s), y);
+  }
+  INLINE_MEMBER static Vec get(Words byte) {
+    const Vec z = from_int(byte), s = z * z;
     return s * s;
   }
-  INLINE_MEMBER static Words low(Vec y) { return to_int(quick_root(quick_root(y))); }
-  INLINE_MEMBER static Vec get(Words byte) { return value(byte); }
 };
 // e4m3: 4 exponent bits with bias 7, 3 bits of mantissa, 448 the largest.
 INLINE Vec from_e4m3(Words c) {
@@ -106,26 +106,30 @@ INLINE Words floor_e4m3(Vec a) {
   return pick_words(less(a, set1(0x1p-6f)), to_int(a * set1(0x1p9f)), normal);
 }
 struct Fp8 {
-  static constexpr uint32_t kMost = 126;
   static constexpr float kUnit = 448.0f;
   static constexpr bool kSigned = true;
-  INLINE_MEMBER static Vec value(Words c) { return from_e4m3(c); }
-  INLINE_MEMBER static Words low(Vec y) { return floor_e4m3(y); }
-  INLINE_MEMBER static Words put(Words bits, Words code) { return code | (bits >> 31 << 7); }
+  INLINE_MEMBER static Words put(Vec v, Vec y, Words random) {
+    const Words low = floor_e4m3(y);
+    const Vec value = from_e4m3(low), gap = from_e4m3(low + 1u) - value;
+    const Words code = above_or(low, fma(share<false>(random), gap, value), y);
+    return code | ((Words)v.v >> 31 << 7);
+  }
   INLINE_MEMBER static Vec get(Words byte) {
     return {(Floats)((Words)from_e4m3(byte & 0x7fu).v | (byte >> 7 << 31))};
   }
 };
 struct Fp8Square {
-  static constexpr uint32_t kMost = 126;
   static constexpr float kUnit = 448.0f * 448.0f;
   static constexpr bool kSigned = false;
-  INLINE_MEMBER static Vec value(Words c) {
-    const Vec z = from_e4m3(c);
+  INLINE_MEMBER static Words put(Vec, Vec y, Words random) {
+    const Words low = floor_e4m3(rough_root(y));
+    const Vec z = from_e4m3(low), t = from_e4m3(low + 1u), value = z * z;
+    return above_or(low, fma(share<true>(random), t * t - value, value), y);
+  }
+  INLINE_MEMBER static Vec get(Words byte) {
+    const Vec z = from_e4m3(byte);
     return z * z;
   }
-  INLINE_MEMBER static Words low(Vec y) { return floor_e4m3(quick_root(y)); }
-  INLINE_MEMBER static Vec get(Words byte) { return value(byte); }
 };
 
 // kScaled or fewer codes into floats; what lies between n and the next whole vector is zero.
@@ -141,45 +145,56 @@ INLINE void decode_block(const uint8_t* codes, float scale, float* x, i64 n) {
   }
 }
 
-INLINE float largest_magnitude(const float* x, i64 n) {
-  Words top = words(0);
-  for (i64 i = 0; i < n; i += W) {
-    const Words bits = magnitude(load(x + i));
-    top = pick_words((Words)(bits > top), bits, top);
-  }
+// The larger bits lane by lane: of magnitudes, NaN above inf above all others.
+INLINE Words larger_bits(Words a, Words b) { return a > b ? a : b; }
+
+// The scale of a block from the lanes' largest magnitudes.
+INLINE float scale_of(Words top) {
   const uint32_t bits = top_bits({(Floats)top});
   float out;
   __builtin_memcpy(&out, &bits, 4);
   return bits < 0x00800000u ? 0.0f : out;  // subnormal: its inverse is not a number
 }
 
-// Floats (zero from n to the next whole vector) into codes: up or down at random, in proportion to
-// the distances, so that the mean of what is decoded is x. What is not zero and has no sign stays
-// above zero: a second moment of zero would make the step endless.
+INLINE float largest_magnitude(const float* x, i64 n) {
+  Words top = words(0);
+  for (i64 i = 0; i < n; i += W) top = larger_bits(top, magnitude(load(x + i)));
+  return scale_of(top);
+}
+
+// What turns numbers into codes of a block. The unit is a little short, so that rounding never
+// takes the largest magnitude past the last code.
+template <class C>
+struct Coder {
+  Vec inverse;
+  Words least_code;
+
+  INLINE_MEMBER explicit Coder(float scale) {
+    const bool usable = scale > 0.0f && scale < __builtin_inff();
+    inverse = set1(usable ? 1.0f / scale : 0.0f);
+    // no second moment next to a larger one is zero: that would make a step endless
+    least_code = words(usable && !C::kSigned ? 1u : 0u);
+  }
+  INLINE_MEMBER Words code(Vec v, Words random) const {
+    const Vec size = C::kSigned ? Vec{(Floats)magnitude(v)} : v;
+    const Vec y = size * inverse * set1(C::kUnit * (1.0f - 0x1p-22f));
+    const Words made = C::put(v, y, random);
+    return C::kSigned ? made : larger_bits(made, least_code);
+  }
+};
+
+// Floats (zero from n to the next whole vector) into codes.
 template <class C>
 INLINE void encode_block(const float* x, uint8_t* codes, float* scale, i64 n, uint32_t key, i64 at) {
-  const float absmax = *scale = largest_magnitude(x, n);
-  const bool finite = absmax < __builtin_inff();
-  const Vec inverse = set1(absmax > 0.0f && finite ? 1.0f / absmax : 0.0f), unit = set1(C::kUnit);
+  const Coder<C> coder(*scale = largest_magnitude(x, n));
   Random random(key, at);
   for (i64 i = 0; i < n; i += W) {
-    const Vec v = load(x + i);
-    // not finite: any code, for the scale makes it NaN or inf
-    const Vec y = finite ? Vec{(Floats)magnitude(v)} * inverse * unit : zero();
-    const Words low = C::low(y);
-    const Vec below = C::value(low), above = C::value(low + 1u);
-    // true is all ones, that is -1
-    Words code = low - less(fraction<!C::kSigned>(random.take()) * (above - below), y - below);
-    code = pick_words((Words)((Ints)code > int32_t(C::kMost)), words(C::kMost), code);
-    if constexpr (C::kSigned)
-      code = C::put((Words)v.v, code);
-    else
-      code = code - ((Words)(code == 0u) & less(zero(), y));
+    const Words code = coder.code(load(x + i), random.take());
     if (i + W <= n) {
-      store_bytes(codes + i, code);
+      store_bytes(codes + i, (Lane32)code);
     } else {
       uint8_t rest[W];
-      store_bytes(rest, code);
+      store_bytes(rest, (Lane32)code);
       for (i64 k = i; k < n; ++k) codes[k] = rest[k - i];
     }
   }

@@ -15,6 +15,9 @@ INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 INLINE Vec fma_once(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 INLINE Vec root(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 INLINE Vec quick_root(Vec a) { return root(a); }
+INLINE Vec rough_root(Vec a) { return root(a); }
+INLINE Vec rough_fourth_root(Vec a) { return root(root(a)); }
+INLINE Vec rough_inverse(Vec a) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), a.v)}; }
 // The largest lane, taken as unsigned integers: of magnitudes, NaN above inf above all others.
 INLINE uint32_t top_bits(Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
@@ -130,3 +133,10 @@ INLINE Vec inverse(Vec d) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), d.v)}; }
 
 // Lanes 2i and 2i + 1 exchanged.
 INLINE Vec swap_pairs(Vec a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
+
+// The low byte of each lane.
+INLINE void store_bytes(uint8_t* p, __m256i a) {
+  const __m256i low = _mm256_shuffle_epi8(a, _mm256_set1_epi32(0x0c080400));
+  const __m128i upper = _mm256_extracti128_si256(low, 1);
+  _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(low), upper));
+}

@@ -20,6 +20,13 @@ INLINE Vec quick_root(Vec a) {
   const __m512 s = _mm512_mul_ps(x, y), half = _mm512_mul_ps(y, _mm512_set1_ps(0.5f));
   return {_mm512_fmadd_ps(_mm512_fnmadd_ps(s, s, x), half, s)};
 }
+// Within 2^-13 of the root, the fourth root and the inverse, for what is rounded to 8 bits anyway.
+INLINE Vec rough_root(Vec a) {
+  const __m512 x = _mm512_add_ps(a.v, _mm512_set1_ps(0x1p-126f));
+  return {_mm512_mul_ps(x, _mm512_rsqrt14_ps(x))};
+}
+INLINE Vec rough_fourth_root(Vec a) { return {_mm512_rsqrt14_ps(_mm512_rsqrt14_ps(a.v))}; }
+INLINE Vec rough_inverse(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
 // The largest lane, taken as unsigned integers: of magnitudes, NaN above inf above all others.
 INLINE uint32_t top_bits(Vec a) { return _mm512_reduce_max_epu32(_mm512_castps_si512(a.v)); }
 INLINE float hsum(Vec a) { return _mm512_reduce_add_ps(a.v); }
@@ -108,3 +115,8 @@ INLINE Vec inverse(Vec d) {
 
 // Lanes 2i and 2i + 1 exchanged.
 INLINE Vec swap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
+
+// The low byte of each lane.
+INLINE void store_bytes(uint8_t* p, __m512i a) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a));
+}

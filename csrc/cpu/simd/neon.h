@@ -16,6 +16,9 @@ INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 INLINE Vec fma_once(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 INLINE Vec root(Vec a) { return {vsqrtq_f32(a.v)}; }
 INLINE Vec quick_root(Vec a) { return root(a); }
+INLINE Vec rough_root(Vec a) { return root(a); }
+INLINE Vec rough_fourth_root(Vec a) { return root(root(a)); }
+INLINE Vec rough_inverse(Vec a) { return {vdivq_f32(vdupq_n_f32(1.0f), a.v)}; }
 // The largest lane, taken as unsigned integers: of magnitudes, NaN above inf above all others.
 INLINE uint32_t top_bits(Vec a) { return vmaxvq_u32(vreinterpretq_u32_f32(a.v)); }
 INLINE float hsum(Vec a) { return vaddvq_f32(a.v); }
@@ -121,3 +124,9 @@ INLINE Vec inverse(Vec d) { return {vdivq_f32(vdupq_n_f32(1.0f), d.v)}; }
 
 // Lanes 2i and 2i + 1 exchanged.
 INLINE Vec swap_pairs(Vec a) { return {vrev64q_f32(a.v)}; }
+
+// The low byte of each lane.
+INLINE void store_bytes(uint8_t* p, uint32x4_t a) {
+  const uint8x8_t low = vmovn_u16(vcombine_u16(vmovn_u32(a), vdup_n_u16(0)));
+  __builtin_memcpy(p, &low, 4);
+}

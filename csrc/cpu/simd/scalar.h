@@ -29,6 +29,9 @@ INLINE Vec root(Vec a) {
   return a;
 }
 INLINE Vec quick_root(Vec a) { return root(a); }
+INLINE Vec rough_root(Vec a) { return root(a); }
+INLINE Vec rough_fourth_root(Vec a) { return root(root(a)); }
+INLINE Vec rough_inverse(Vec a) { return {1.0f / a.v}; }
 // The largest lane, taken as unsigned integers: of magnitudes, NaN above inf above all others.
 INLINE uint32_t top_bits(Vec a) {
   const u32x4 bits = (u32x4)a.v;
@@ -154,3 +157,8 @@ INLINE Vec inverse(Vec d) { return {1.0f / d.v}; }
 
 // Lanes 2i and 2i + 1 exchanged.
 INLINE Vec swap_pairs(Vec a) { return {f32x4{a.v[1], a.v[0], a.v[3], a.v[2]}}; }
+
+// The low byte of each lane.
+INLINE void store_bytes(uint8_t* p, u32x4 a) {
+  for (int i = 0; i < W; ++i) p[i] = uint8_t(a[i]);
+}
