@@ -106,6 +106,10 @@ def _tune(model: nn.Module, calls: list, budget: float | None, again: bool, tick
 
 
 def _jobs(seen: jobs.Seen, device: str) -> list[Job]:
-    """Configs first: a backend is judged at its best."""
-    configs = jobs.of_tunables(TUNABLES.values(), device, seen=seen.sizes.get(device, {}))
+    """Configs first: a backend is judged at its best. Those of calls that took torch, too."""
+    families = {t.family for t in TUNABLES.values()}
+    sizes = jobs.sizes_of([s for s in seen.on(device) if s.op.family in families])
+    for name, found in seen.sizes.get(device, {}).items():
+        sizes.setdefault(name, set()).update(found)
+    configs = jobs.of_tunables(TUNABLES.values(), device, seen=sizes)
     return [*configs, *jobs.jobs_of(seen.on(device), device)]
