@@ -31,7 +31,7 @@ def ours(out):
 def microseconds(call, like):
     """What a call takes on an idle machine: in units of a known attribute, as load slows both."""
     number, times, known = 1000, [], []
-    for _ in range(30):
+    for _ in range(200):
         times.append(timeit.timeit(call, number=number))
         known.append(timeit.timeit(lambda: like.shape, number=number))
     return min(times) / min(known) * 0.17  # a tensor's shape takes that long
