@@ -58,11 +58,10 @@ def _walk(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     TMA: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
 ):
     """The running (sum, denominator, maximum) of rows `row` after the keys from begin to end."""
     lane = tl.arange(0, BLOCK_N)
-    for start in tl.range(begin, end, BLOCK_N, warp_specialize=SPECIALIZE):
+    for start in range(begin, end, BLOCK_N):
         col = start + lane
         if TMA:
             key = k.load([tl.cast(start, tl.int32), 0])
@@ -152,7 +151,6 @@ def _attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     TMA: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
 ):
     # Program p owns BLOCK_M queries of one head of one sequence; late queries come first, since
     # they see most where the mask is causal.
@@ -202,19 +200,19 @@ def _attention_fwd_kernel(
             acc, total, m, q, k, v, mask_ptr, seed, head, row, begin, whole, T, S, D, DV, stride_ks,
             stride_vs, stride_mt, stride_ms, scale, softcap, slope, threshold, left, right,
             diagonal, True, HAS_LEFT, HAS_RIGHT, SOFTCAP, slopes_ptr is not None, DROPOUT,
-            PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV, TMA, False,
+            PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV, TMA,
         )  # fmt: skip
     acc, total, m = _walk(
         acc, total, m, q, k, v, mask_ptr, seed, head, row, whole, rest, T, S, D, DV, stride_ks,
         stride_vs, stride_mt, stride_ms, scale, softcap, slope, threshold, left, right, diagonal,
         False, HAS_LEFT, HAS_RIGHT, SOFTCAP, slopes_ptr is not None, DROPOUT, PRECISION, BLOCK_N,
-        BLOCK_D, BLOCK_DV, TMA, SPECIALIZE,
+        BLOCK_D, BLOCK_DV, TMA,
     )  # fmt: skip
     acc, total, m = _walk(
         acc, total, m, q, k, v, mask_ptr, seed, head, row, rest, end, T, S, D, DV, stride_ks,
         stride_vs, stride_mt, stride_ms, scale, softcap, slope, threshold, left, right, diagonal,
         True, HAS_LEFT, HAS_RIGHT, SOFTCAP, slopes_ptr is not None, DROPOUT, PRECISION, BLOCK_N,
-        BLOCK_D, BLOCK_DV, TMA, False,
+        BLOCK_D, BLOCK_DV, TMA,
     )  # fmt: skip
     blind = total == 0.0
     share = tl.where(blind, 0.0, factor / tl.where(blind, 1.0, total))
@@ -247,9 +245,8 @@ def attention_fwd(shape, options, config):
             x.slopes_stride(), options.scale, options.softcap, options.threshold, options.factor,
             options.left, options.right, options.diagonal, options.bottom, options.left >= 0,
             options.right >= 0, options.softcap > 0.0, options.dropout,
-            precision(x.q.dtype, x.tf32),
-            config["block_m"], config["block_n"], block_d, block_dv, tma,
-            tma and config["specialize"], num_warps=config["warps"], num_stages=config["stages"],
+            precision(x.q.dtype, x.tf32), config["block_m"], config["block_n"], block_d, block_dv,
+            tma, num_warps=config["warps"], num_stages=config["stages"],
         )  # fmt: skip
     return out, lse
 

@@ -16,6 +16,7 @@ Grads = tuple[Tensor | None, ...]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_WIDTH = 256
+_MOST_EXACT = 64
 
 
 def _module(name: str) -> Any:
@@ -197,6 +198,9 @@ def _supports(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | 
     width = max(query.shape[-1], value.shape[-1])
     if not 0 < width <= _MOST_WIDTH or not min(query.shape[-1], value.shape[-1]):
         return f"heads of {query.shape[-1]} and {value.shape[-1]} values"
+    if query.dtype == torch.float32 and width > _MOST_EXACT and not _interpreted():
+        # without TF32, products are made one by one, and backward has no registers for more
+        return None if tf32(query) else f"float32 heads of {width} values without TF32"
     return None
 
 
