@@ -1,0 +1,402 @@
+// The backward pass: each task owns queries, reads all keys that they see, and sums what it adds to
+// the gradients of keys and values in memory of its own; these sums are added in a fixed order.
+
+template <class E>
+struct BackwardPlan {
+  using T = typename E::T;
+  static constexpr int C = E::kCols, kDeep = Traits<E>::kDeep;
+  static constexpr i64 kKeys = 128, kBlock = 4, kStrip = 16;  // keys of a tile; panels
+  static constexpr i64 kTasks = 32;                           // wanted, whatever the threads
+  static constexpr i64 kMostSums = 64 << 20;                  // floats, where there is a choice
+  Call c;
+  Grid grid;
+  i64 keys, tiles;
+  Left<E> k, v;
+  i64 rows;                // of a tile of scores
+  i64 k_panels, v_panels;  // columns of the gradients, C at a time
+  i64 strip, chunks, chunk;  // panels at a time; tasks for a key head; panels of a task
+  int threads;
+  BackwardPlan(const Call& call)
+      : c(call),
+        grid(c, C),
+        keys(most(1, least(kKeys, c.s))),
+        tiles(ceil_div(c.s, keys)),
+        k(keys, c.d),
+        v(keys, c.dv) {
+    rows = touched(k, keys);
+    k_panels = ceil_div(c.d, C);
+    v_panels = ceil_div(c.dv, C);
+    const i64 panels = grid.panels(), pairs = most(1, c.b * c.g);
+    strip = most(1, least(kStrip, panels));
+    chunks = least(ceil_div(panels, strip), ceil_div(kTasks, pairs));
+    chunks = most(1, least(chunks, kMostSums / most(1, pairs * sums_room())));
+    chunk = ceil_div(ceil_div(panels, strip), chunks) * strip;
+    chunks = most(1, ceil_div(panels, most(1, chunk)));
+    threads = int(most(1, least(c.threads, pairs * most(chunks, tiles))));
+  }
+  i64 tile_sums() const { return rows * C * (k_panels + v_panels); }
+  i64 sums_room() const { return tiles * tile_sums(); }
+  i64 copy_room() const {
+    return most(keys, C) * ceil_div(most(c.d, c.dv) * i64(sizeof(T)), 64) * 16;
+  }
+  i64 right_room() const { return (E::words(c.d) + E::words(c.dv)) * C; }
+  i64 across_room() const { return (k_panels + v_panels) * kDeep * C; }
+  i64 panel_room() const {
+    return i64(sizeof(Panel<C>)) / 4 + 2 * C + right_room() + across_room() +
+           k.turned_rows() * C;
+  }
+  i64 slot_room() const {
+    return strip * panel_room() + k.room() + k.turned_room() + v.room() +
+           2 * kBlock * rows * kDeep + 4 * rows * C + copy_room();
+  }
+  // Where each task of a key head has sums of its own, all are kept until they are added.
+  i64 all_sums() const { return chunks > 1 ? c.b * c.g * chunks * sums_room() : 0; }
+  i64 own_sums() const { return chunks > 1 ? 0 : sums_room(); }
+  i64 room() const { return all_sums() + threads * (slot_room() + own_sums()) + 64; }
+};
+
+// out grad_out - grad_lse of a row, 0 where nothing was seen.
+template <class T>
+APART float row_delta(const T* out, const T* grad_out, i64 n) {
+  Vec acc[4] = {zero(), zero(), zero(), zero()};
+  sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+    acc[k] = fma(get(out + i, lanes), get(grad_out + i, lanes), acc[k]);
+  });
+  return total(acc);
+}
+
+template <class T>
+APART void all_deltas(const Gradient& a) {
+  const Call& c = a.call;
+  constexpr i64 kRows = 64;
+  const i64 strips = ceil_div(c.t, kRows);
+  const i64 bytes = c.b * c.h * c.t * c.dv * 2 * i64(sizeof(T));
+  parallel_for(c.b * c.h * strips, useful_threads(bytes, c.threads), [&](i64 task) {
+    const Sequence q(c, task / strips / c.h);
+    const i64 h = task / strips % c.h, from = task % strips * kRows;
+    for (i64 i = from; i < least(q.t, from + kRows); ++i) {
+      float delta = row_delta(row_at<T>(c.out, q, h, i), row_at<T>(a.grad_out, q, h, i), c.dv);
+      if (a.grad_lse.data) delta -= *row_at<float>(a.grad_lse, q, h, i);
+      if (*row_at<float>(c.lse, q, h, i) == -kInf) delta = 0.0f;
+      *row_at<float>(a.delta, q, h, i) = delta;
+    }
+  });
+}
+
+// What a panel keeps for the tiles it meets.
+template <int C>
+struct Upstream {
+  float *lse, *delta;    // [C]: log2 of the denominator, +inf where there is none
+  float *q, *dout;       // right sides of the products with keys and values
+  float *q_across, *dout_across;  // right sides of the products with probabilities
+  float* dq;
+};
+
+// Scores s (times factor) and dP d of n keys become probabilities and gradients of scores: both as
+// left sides, and the gradients in d as a right side.
+template <class E, bool Whole, class K>
+APART void differentiate(float* s, float* d, i64 n, i64 rows, float factor,
+                         const Upstream<E::kCols>& up, const float* slope, float* plain,
+                         [[maybe_unused]] float* left_p, [[maybe_unused]] float* left_d,
+                         const K& keep) {
+  constexpr int C = E::kCols;
+  constexpr int kDegree = Traits<E>::kDegree;
+  const Vec scale = set1(factor);
+  Vec lse[kVectors], delta[kVectors];
+  for (int j = 0; j < kVectors; ++j) {
+    lse[j] = neg(load(up.lse + j * W));
+    delta[j] = load(up.delta + j * W);
+  }
+  // probabilities and gradients of one vector
+  const auto both = [&](i64 r, int j, Vec& p, Vec& dx) INLINE_LAMBDA {
+    p = exp2_of<kDegree>(fma(load(s + r * C + j * W), scale, lse[j]));
+    const Vec dp = load(d + r * C + j * W);
+    if constexpr (Whole) {
+      dx = p * (dp - delta[j]);
+    } else {
+      const Vec kept = keep(r, j * W);
+      dx = p * (dp * kept - delta[j]);
+      p = p * kept;
+      if (plain) store(plain + r * C + j * W, dx);
+      if (slope) dx = dx * load(slope + r * C + j * W);
+    }
+  };
+  if constexpr (Traits<E>::kPairs) {
+#if defined(FASTLLM_DOTS)
+    for (i64 r = 0; r < rows; r += 2) {
+      Vec p[2][kVectors], dx[2][kVectors];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) {
+          p[i][j] = dx[i][j] = zero();
+          if (r + i < n) both(r + i, j, p[i][j], dx[i][j]);
+        }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        store(left_p + (r + i) * C / 2, behind(p[i][0], p[i][1]));
+        store(left_d + (r + i) * C / 2, behind(dx[i][0], dx[i][1]));
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j)
+        store(d + r / 2 * C + j * W, join_pairs(dx[0][j], dx[1][j]));
+    }
+#endif
+  } else {
+    for (i64 r = 0; r < n; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        Vec p, dx;
+        both(r, j, p, dx);
+        store(s + r * C + j * W, p);
+        store(d + r * C + j * W, dx);
+      }
+    for (i64 i = n * C; i < rows * C; i += W) {
+      store(s + i, zero());
+      store(d + i, zero());
+    }
+  }
+}
+
+template <class E>
+struct Backward {
+  using T = typename E::T;
+  using Plan = BackwardPlan<E>;
+  static constexpr int C = E::kCols, kDeep = Traits<E>::kDeep;
+  const Gradient& a;
+  const Call& c;
+  const Plan plan;
+
+  // Parts of a slot.
+  struct Room {
+    Panel<C>* panels;
+    float *strip, *k, *k_turned, *v, *left_p, *left_d, *s, *d, *bias, *slope, *sums;
+    T* copy;
+  };
+  Room room(float* at) const {
+    Room r;
+    r.panels = (Panel<C>*)at;
+    at += plan.strip * i64(sizeof(Panel<C>)) / 4;
+    r.strip = at;
+    at += plan.strip * (plan.panel_room() - i64(sizeof(Panel<C>)) / 4);
+    r.k = at;
+    r.k_turned = r.k + plan.k.room();
+    r.v = r.k_turned + plan.k.turned_room();
+    r.left_p = r.v + plan.v.room();
+    r.left_d = r.left_p + Plan::kBlock * plan.rows * kDeep;
+    r.s = r.left_d + Plan::kBlock * plan.rows * kDeep;
+    r.d = r.s + plan.rows * C;
+    r.bias = r.d + plan.rows * C;
+    r.slope = r.bias + plan.rows * C;
+    r.copy = (T*)(r.slope + plan.rows * C);
+    r.sums = r.slope + plan.rows * C + plan.copy_room();
+    return r;
+  }
+  Upstream<C> upstream(const Room& r, i64 i) const {
+    float* at = r.strip + i * (plan.panel_room() - i64(sizeof(Panel<C>)) / 4);
+    Upstream<C> u;
+    u.lse = at;
+    u.delta = at + C;
+    u.q = at + 2 * C;
+    u.dout = u.q + E::words(c.d) * C;
+    u.q_across = u.dout + E::words(c.dv) * C;
+    u.dout_across = u.q_across + plan.k_panels * kDeep * C;
+    u.dq = u.dout_across + plan.v_panels * kDeep * C;
+    return u;
+  }
+
+  void pack_rows_of(const Rows& from, const Sequence& q, const Panel<C>& p, i64 width, T* copy,
+                    float* right, float* across) const {
+    with_rows<E>(from, q, p, width, copy, [&](const T* src, i64 step) {
+      E::pack_right(src, step, 1, p.rows, width, E::words(width), right);
+      for (i64 at = 0; at < width; at += C)
+        E::pack_right(src + at, 1, step, least(C, width - at), p.rows, kDeep, across + at * kDeep);
+    });
+  }
+
+  void begin_panel(const Sequence& q, const Room& r, i64 g, i64 index, i64 i) const {
+    Panel<C>& p = r.panels[i];
+    make_panel(c, q, plan.grid, g, index, p);
+    if (p.rows == 0) return;
+    const Upstream<C> u = upstream(r, i);
+    for (int l = 0; l < C; ++l) {
+      const float lse = l < p.rows ? *row_at<float>(c.lse, q, p.head[l], p.at[l]) : -kInf;
+      u.lse[l] = lse == -kInf ? kInf : lse * kLog2e;
+      u.delta[l] = l < p.rows ? *row_at<float>(a.delta, q, p.head[l], p.at[l]) : 0.0f;
+    }
+    pack_rows_of(c.q, q, p, c.d, r.copy, u.q, u.q_across);
+    pack_rows_of(a.grad_out, q, p, c.dv, r.copy, u.dout, u.dout_across);
+    for (i64 at = 0; at < plan.k.turned_rows() * C; at += W) store(u.dq + at, zero());
+  }
+
+  void write_mask(const Sequence& q, const Panel<C>& p, i64 j0, i64 n, const float* dx) const {
+    for (i64 r = 0; r < n; r += W)
+      for (int v = 0; v < p.rows; v += W) {
+        Vec block[W];
+        for (int i = 0; i < W; ++i) block[i] = r + i < n ? load(dx + (r + i) * C + v) : zero();
+        transpose(block);
+        for (int l = 0; l < W && v + l < p.rows; ++l)
+          store(a.dmask + q.b * a.dmask_b + p.head[v + l] * a.dmask_h +
+                    p.at[v + l] * a.dmask_row + j0 + r,
+                block[l], int(least(W, n - r)));
+      }
+  }
+
+  // Probabilities and gradients of scores of one panel and one tile, and what they add to dq.
+  bool meet(const Sequence& q, const Room& r, i64 i, i64 j0, i64 n, float* left_p,
+            float* left_d) const {
+    const Panel<C>& p = r.panels[i];
+    const Seen sight = seen(c, p, j0, n);
+    if (sight == kNoneSeen) return false;
+    const Upstream<C> u = upstream(r, i);
+    float *s = Traits<E>::kPairs ? r.s : left_p, *d = Traits<E>::kPairs ? r.d : left_d;
+    scores_of<E>(plan.k, n, r.k, u.q, s);
+    scores_of<E>(plan.v, n, r.v, u.dout, d);
+    const i64 rows = touched(plan.k, n);
+    const bool cap = c.softcap > 0;
+    float factor = c.scale * kLog2e;
+    if (shaped(c)) {
+      const bool biased = sight == kSomeSeen;
+      if (biased) turn_mask(c, p, j0, n, r.bias);
+      shape(c, p, s, biased ? r.bias : nullptr, cap ? r.slope : nullptr, j0, n);
+      factor = 1.0f;
+    } else if (j0 < p.all_from || j0 + n > p.all_to) {
+      hide_tile(p, s, j0, n);
+    }
+    float* plain = a.dmask ? r.bias : nullptr;
+    const float* slope = cap ? r.slope : nullptr;
+    if (c.dropout > 0) {
+      const Keep keep(c.dropout);
+      differentiate<E, false>(s, d, n, rows, factor, u, slope, plain, left_p, left_d,
+                              [&](i64 row, int v) INLINE_LAMBDA {
+                                const Words key = (Words)load((const float*)p.key + v).v;
+                                const Words other = (Words)load((const float*)p.other + v).v;
+                                return keep(key, other, j0 + row);
+                              });
+    } else if (plain || slope) {
+      differentiate<E, false>(s, d, n, rows, factor, u, slope, plain, left_p, left_d,
+                              [](i64, int) INLINE_LAMBDA { return set1(1.0f); });
+    } else {
+      differentiate<E, true>(s, d, n, rows, factor, u, slope, plain, left_p, left_d,
+                             [](i64, int) INLINE_LAMBDA { return set1(1.0f); });
+    }
+    if (a.dmask) write_mask(q, p, j0, n, r.bias);
+    mix_of<E>(plan.k, n, r.k_turned, d, u.dq, true);
+    return true;
+  }
+
+  // sums [column panel][rows][C] += what the panels of a block say of a tile.
+  void add_across(i64 n, int panels, const float* left, const float* const* right, i64 columns,
+                  float* sums) const {
+    const float* b[Plan::kBlock];
+    for (i64 j = 0; j < columns; ++j) {
+      for (int i = 0; i < panels; ++i) b[i] = right[i] + j * kDeep * C;
+      for (i64 k = 0; k < plan.k.panels(n); ++k)
+        Traits<E>::across(plan.k.height, panels, left + k * plan.k.height * kDeep,
+                          plan.rows * kDeep, b, sums + (j * plan.rows + k * plan.k.height) * C);
+    }
+  }
+
+  void run_strip(const Sequence& q, i64 g, i64 first, i64 count, const Room& r,
+                 float* sums) const {
+    i64 from = q.s, to = 0;
+    for (i64 i = 0; i < count; ++i) {
+      begin_panel(q, r, g, first + i, i);
+      from = least(from, r.panels[i].from);
+      to = most(to, r.panels[i].to);
+    }
+    for (i64 j0 = from / plan.keys * plan.keys; j0 < to; j0 += plan.keys) {
+      const i64 n = least(plan.keys, q.s - j0), tile = j0 / plan.keys;
+      i64 step;
+      const T* k = keys_at<T>(c, c.k, q, g, j0, n, c.d, r.copy, step);
+      plan.k.pack(k, step, n, r.k);
+      plan.k.pack_turned(k, step, n, r.k_turned);
+      const T* v = keys_at<T>(c, c.v, q, g, j0, n, c.dv, r.copy, step);
+      plan.v.pack(v, step, n, r.v);
+      float* dk = sums + tile * plan.tile_sums();
+      float* dv = dk + plan.rows * C * plan.k_panels;
+      for (i64 at = 0; at < count; at += Plan::kBlock) {
+        const float *q_right[Plan::kBlock], *dout_right[Plan::kBlock];
+        int met = 0;
+        for (i64 i = at; i < least(count, at + Plan::kBlock); ++i) {
+          if (r.panels[i].to <= j0 || r.panels[i].from >= j0 + n) continue;
+          const i64 left = met * plan.rows * kDeep;
+          if (!meet(q, r, i, j0, n, r.left_p + left, r.left_d + left)) continue;
+          const Upstream<C> u = upstream(r, i);
+          q_right[met] = u.q_across;
+          dout_right[met++] = u.dout_across;
+        }
+        if (met == 0) continue;
+        add_across(n, met, r.left_p, dout_right, plan.v_panels, dv);
+        add_across(n, met, r.left_d, q_right, plan.k_panels, dk);
+      }
+    }
+    alignas(64) float scale[C];
+    for (int l = 0; l < C; ++l) scale[l] = c.scale;
+    for (i64 i = 0; i < count; ++i)
+      if (r.panels[i].rows > 0)
+        write_turned<T>(a.dq, q, r.panels[i], c.d, upstream(r, i).dq, scale, false);
+  }
+
+  // Rows of a tile's gradients: the sums of all tasks in their order, rounded once.
+  void write_keys(const Rows& out, const Sequence& q, i64 g, i64 tile, const float* sums,
+                  i64 columns, i64 width, float factor) const {
+    const i64 j0 = tile * plan.keys, n = least(plan.keys, q.s - j0);
+    const Sequence keys = q.as_keys();
+    for (i64 r = 0; r < n; ++r) {
+      T* to = row_at<T>(out, keys, g, j0 + r);
+      for (i64 j = 0; j < columns; ++j)
+        for (int v = 0; v < C && j * C + v < width; v += W) {
+          const float* at = sums + (j * plan.rows + r) * C + v;
+          Vec sum = load(at);
+          for (i64 i = 1; i < plan.chunks; ++i) sum = sum + load(at + i * plan.sums_room());
+          const i64 left = width - j * C - v;
+          if (left >= W)
+            store(to + j * C + v, sum * set1(factor));
+          else
+            store(to + j * C + v, sum * set1(factor), int(left));
+        }
+    }
+  }
+  void write_tile(const Sequence& q, i64 g, i64 tile, const float* sums) const {
+    if (tile * plan.keys >= q.s) return;
+    write_keys(a.dk, q, g, tile, sums + tile * plan.tile_sums(), plan.k_panels, c.d, c.scale);
+    write_keys(a.dv, q, g, tile,
+               sums + tile * plan.tile_sums() + plan.rows * C * plan.k_panels, plan.v_panels, c.dv,
+               1.0f);
+  }
+
+  void run() const {
+    all_deltas<T>(a);
+    const i64 base = (i64)(((uintptr_t)a.room + 63) / 64 * 64);
+    float *all = (float*)base, *slots = all + plan.all_sums();
+    const i64 slot_room = plan.slot_room() + plan.own_sums();
+    deal(c.b * c.g * plan.chunks, plan.threads, [&](i64 slot, i64 item) {
+      [[maybe_unused]] const typename E::Session session;
+      const i64 pair = item / plan.chunks, chunk = plan.chunks - 1 - item % plan.chunks;
+      const Sequence q(c, pair / c.g);
+      const Room r = room(slots + slot * slot_room);
+      float* sums = plan.chunks > 1
+                        ? all + (pair * plan.chunks + chunk) * plan.sums_room()
+                        : r.sums;
+      for (i64 i = 0; i < plan.sums_room(); i += W) store(sums + i, zero());
+      const i64 end = least(plan.grid.panels(), (chunk + 1) * plan.chunk);
+      for (i64 at = chunk * plan.chunk; at < end; at += plan.strip)
+        run_strip(q, pair % c.g, at, least(plan.strip, end - at), r, sums);
+      if (plan.chunks == 1)
+        for (i64 tile = 0; tile < plan.tiles; ++tile) write_tile(q, pair % c.g, tile, sums);
+    });
+    if (plan.chunks == 1) return;
+    deal(c.b * c.g * plan.tiles, plan.threads, [&](i64, i64 item) {
+      const i64 pair = item / plan.tiles;
+      write_tile(Sequence(c, pair / c.g), pair % c.g, item % plan.tiles,
+                 all + pair * plan.chunks * plan.sums_room());
+    });
+  }
+};
+
+template <class E>
+INLINE void run_backward(const Gradient& a) {
+  const Backward<E> work{a, a.call, BackwardPlan<E>(a.call)};
+  work.run();
+}
