@@ -14,7 +14,7 @@ from fastllm.cli.bench import peers
 from fastllm.core.cases import Case, Cost
 from fastllm.core.measure import Call, Factory, copies, one_line, rotation, size_of
 from fastllm.core.op import Op
-from fastllm.core.proof import prove
+from fastllm.core.proof import prove, wants_grad
 from fastllm.core.subject import Scenario, Subject, Trial
 
 Run = Callable[[], Any]  # one call, its arguments filled in
@@ -103,7 +103,7 @@ class Inputs:
     def __init__(self, op: Op, case: Case, device: str = "cpu", direction: str = "forward") -> None:
         self.op, self.case, self.device, self.direction = op, case, device, direction
         args = case.args(device)
-        self.leaves = [i for i in sorted(op.gradients) if isinstance(args[i], Tensor)]
+        self.leaves = [i for i in sorted(op.gradients) if wants_grad(op, i, args[i])]
         upstream: tuple[Tensor, ...] = ()
         if direction != "forward":
             wanted = set(self.leaves)
