@@ -65,6 +65,8 @@ class Op:
                        fastest; for eager calls that no table knows
     hidden             results after the `outputs` that only backward reads (a log-sum-exp, say);
                        callers never see them, composite backends do not make them
+    call               call(*args): the public function's call, without arguments; None: that of
+                       functional's function of this name, by the schema's names
     """
 
     name: str
@@ -91,6 +93,7 @@ class Op:
     hidden: int = 0
     stock_first: Callable[..., bool] | None = None
     check_values: bool = False
+    call: Callable[..., Callable[[], Any]] | None = None
 
     def __post_init__(self) -> None:
         found = {b.name: b for b in self.implementations}

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastllm.core.backend import Backend
 from fastllm.core.measure import Call, Factory, copies, rotation, size_of, thread_count
 from fastllm.core.op import OPS, Op
+from fastllm.core.proof import wants_grad
 from fastllm.core.tuner import follow, routes, table
 from fastllm.core.tuner.search import Change, Job, Trial, search
 from fastllm.core.tuner.tunable import TUNABLES, Config, Tunable
@@ -92,7 +93,7 @@ class _Fixed:
 def _trial(seen: Sighting) -> Callable[[], Trial]:
     def make() -> Trial:
         op, args = seen.op, seen.build()
-        wanted = [i for i in sorted(op.gradients) if isinstance(args[i], Tensor)]
+        wanted = [i for i in sorted(op.gradients) if wants_grad(op, i, args[i])]
         training = seen.direction == routes.TRAINING
         upstream: tuple[Tensor, ...] = ()
         if training:
@@ -270,8 +271,7 @@ def sizes_of(sightings: Iterable[Sighting]) -> dict[str, set[tuple]]:
 def _wanting(op: Op, args: tuple) -> tuple:
     """`args` of which all that can have a gradient want one."""
     return tuple(
-        a.detach().requires_grad_() if i in op.gradients and isinstance(a, Tensor) else a
-        for i, a in enumerate(args)
+        a.detach().requires_grad_() if wants_grad(op, i, a) else a for i, a in enumerate(args)
     )
 
 
