@@ -47,9 +47,9 @@ template <bool Log, class T>
 INLINE Vec softmax_term(Vec dy, Vec y) {
   return Log ? dy : dy * y;
 }
-template <bool Log>
+template <bool Log, class T>
 INLINE Vec softmax_gradient(Vec dy, Vec y, Vec sum) {
-  return Log ? dy - exp_down(y) * sum : y * (dy - sum);
+  return Log ? dy - exp_down<sizeof(T) == 2>(y) * sum : y * (dy - sum);
 }
 
 template <bool Log, bool Stream, class T>
@@ -64,17 +64,18 @@ APART void softmax_row_backward(const T* dy, const T* y, T* dx, i64 n) {
   }
   const Vec all = set1(float(sum));
   sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
-    put<Stream>(dx + i, softmax_gradient<Log>(get(dy + i, lanes), get(y + i, lanes), all), lanes);
+    put<Stream>(dx + i, softmax_gradient<Log, T>(get(dy + i, lanes), get(y + i, lanes), all), lanes);
   });
 }
 
 // A vector of neighbouring columns, n steps of `inner` elements down.
 template <bool Log, class T, class L>
 INLINE void softmax_column(const T* x, T* y, i64 n, i64 inner, L lanes) {
+  constexpr bool Short = !Log && sizeof(T) == 2;
   Vec top = set1(-kInf), sum = zero();
   for (i64 i = 0; i < n; ++i) top = larger(top, get(x + i * inner, lanes));
   top = choose((Ints)(top.v == set1(-kInf).v), zero(), top);
-  for (i64 i = 0; i < n; ++i) sum = sum + exp_down(get(x + i * inner, lanes) - top);
+  for (i64 i = 0; i < n; ++i) sum = sum + exp_down<Short>(get(x + i * inner, lanes) - top);
   float logs[W];
   store(logs, sum);
   if (Log)
@@ -82,7 +83,7 @@ INLINE void softmax_column(const T* x, T* y, i64 n, i64 inner, L lanes) {
   const Vec log_sum = load(logs), scale = div(set1(1.0f), sum);
   for (i64 i = 0; i < n; ++i) {
     const Vec v = get(x + i * inner, lanes) - top;
-    put<false>(y + i * inner, Log ? v - log_sum : exp_down(v) * scale, lanes);
+    put<false>(y + i * inner, Log ? v - log_sum : exp_down<Short>(v) * scale, lanes);
   }
 }
 
@@ -93,7 +94,7 @@ INLINE void softmax_column_backward(const T* dy, const T* y, T* dx, i64 n, i64 i
     sum = sum + softmax_term<Log, T>(get(dy + i * inner, lanes), get(y + i * inner, lanes));
   for (i64 i = 0; i < n; ++i)
     put<false>(dx + i * inner,
-               softmax_gradient<Log>(get(dy + i * inner, lanes), get(y + i * inner, lanes), sum),
+               softmax_gradient<Log, T>(get(dy + i * inner, lanes), get(y + i * inner, lanes), sum),
                lanes);
 }
 
