@@ -51,6 +51,7 @@ class Op:
     saved_tensors      positions of tensors in it
     gradients          argument position -> position in backward's result
     check              raises ValueError or TypeError that names the argument
+    check_values       whether check reads values, too: else it need not be asked about every call
     fake               shapes and dtypes of the outputs, without computing
     fake_backward      the same for the gradients: fake_backward(*saved)
     reference          plain torch, any dtype; in float64 it is the oracle
@@ -92,6 +93,7 @@ class Op:
     hidden: int = 0
     stock_first: Callable[..., bool] | None = None
     call: Callable[..., Callable[[], Any]] | None = None
+    check_values: bool = False
 
     def __post_init__(self) -> None:
         found = {b.name: b for b in self.implementations}
@@ -119,6 +121,8 @@ class Op:
             if self.routes is not None:
                 found = self.routes.find(args)
                 if found is not None:
+                    if self.check_values:
+                        self.check(*args)
                     return self.run(*found, args)
             elif self.fast is not None:
                 out = self.fast(*args)
