@@ -77,6 +77,7 @@ def _varlen(name: str) -> Op:
         fake_backward=spec.fake_varlen_backward,
         cost=spec.cost_varlen,
         key=spec.word_varlen,
+        check_values=True,
     )
 
 
@@ -102,4 +103,5 @@ attention_cache_op = define(
     cost=cache.cost,
     cases=cases("attention_cache"),
     key=cache.word,
+    check_values=True,
 )
