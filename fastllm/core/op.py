@@ -92,8 +92,8 @@ class Op:
     key: Callable[..., str] | None = None
     hidden: int = 0
     stock_first: Callable[..., bool] | None = None
-    call: Callable[..., Callable[[], Any]] | None = None
     check_values: bool = False
+    call: Callable[..., Callable[[], Any]] | None = None
 
     def __post_init__(self) -> None:
         found = {b.name: b for b in self.implementations}
