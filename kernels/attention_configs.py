@@ -41,7 +41,9 @@ def backward_default(chip, dtype, width, extra):
         return config(64, 128, 8, 2) if chip >= (9, 0) and not extra else config(32, 128, 8, 2)
     if chip >= (10, 0):
         return config(64, 128, 8, 1)
-    return config(32, 32, 8, 1) if extra else config(64, 64, 8, 1)
+    if extra:
+        return config(16, 64, 8, 1) if chip >= (9, 0) else config(32, 32, 8, 1)
+    return config(64, 64, 8, 1)
 
 
 def more_than_products(x, options):
