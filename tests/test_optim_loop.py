@@ -177,7 +177,12 @@ def test_random_bits_differ_by_step_tensor_and_seed():
     keys = {states.key_of(s, n, t) for s in range(5) for n in range(5) for t in range(1, 6)}
     assert len(keys) == 125
     bits = states.random_bits(states.key_of(0, 1, 2), 100_000, torch.device("cpu"))
-    for shift in (0, 16):
+    draws = [
+        [states.random_bits(states.key_of(0, 0, t), 8, torch.device("cpu"), s)[5] for s in (1, 0)]
+        for t in range(2000)
+    ]  # of one element, for its two moments
+    assert abs(torch.corrcoef(torch.tensor(draws).double().T)[0, 1]) < 4 / 2000**0.5
+    for shift in (0, 7):
         share = ((bits >> shift) & 0xFFFF).double() / 65536
         assert abs(share.mean() - 0.5) < 4 * (1 / 12 / 100_000) ** 0.5
         assert abs(torch.corrcoef(torch.stack([share[1:], share[:-1]]))[0, 1]) < 0.015

@@ -1,17 +1,11 @@
-// The optimizers in Python: lists of tensors, read through DLPack's exchange table anew in each
-// call, so that no table of pointers can be stale.
-#include <algorithm>
+// The optimizers in Python: groups of tensors or of an optimizer's own entries, and one call.
 #include <cmath>
 #include <cstring>
 #include <map>
-#include <new>
 #include <vector>
 
-#include "bindings/bind.h"
+#include "bindings/optim_tensors.h"
 #include "cpu/isa.h"
-#include "cpu/kernels/optim.h"
-#include "cpu/types.h"
-#include "dlpack_exchange.h"
 
 namespace fastllm::optim {
 FASTLLM_LEVELS
@@ -19,176 +13,6 @@ FASTLLM_LEVELS
 
 namespace fastllm::bindings {
 namespace {
-
-using optim::Coefficients;
-using optim::Tensor;
-
-constexpr uint8_t kDlInt = 0, kDlUint = 1, kDlFloat8E4m3fn = 10;
-constexpr int kOther = -1;
-
-const dlpack::ExchangeApi* api = nullptr;
-
-void bind(py::object tensor) {
-  py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
-  auto* found = static_cast<const dlpack::ExchangeApi*>(
-      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (!found) throw py::error_already_set();
-  while (found && found->major != dlpack::kMajor) found = found->previous;
-  if (found && found->view_of_object) api = found;
-}
-
-struct View {
-  dlpack::Tensor t{};
-  int64_t numel = 1;
-
-  // A tensor on the CPU; else false.
-  bool read(PyObject* object) {
-    if (api->view_of_object(object, &t) != 0) return PyErr_Clear(), false;
-    if (t.device.type != dlpack::kCpu || t.dtype.lanes != 1) return false;
-    for (int d = 0; d < t.ndim; ++d) numel *= t.shape[d];
-    return true;
-  }
-  void* data() const { return static_cast<char*>(t.data) + t.byte_offset; }
-  bool is(uint8_t code, int bits) const { return t.dtype.code == code && t.dtype.bits == bits; }
-  int type() const {
-    if (is(dlpack::kFloat, 32)) return kFloat32;
-    if (is(dlpack::kFloat, 16)) return kFloat16;
-    return is(dlpack::kBfloat, 16) ? int(kBFloat16) : kOther;
-  }
-  int64_t stride(int d) const {
-    if (t.strides) return t.strides[d];
-    int64_t s = 1;
-    for (int k = t.ndim - 1; k > d; --k) s *= t.shape[k];
-    return s;
-  }
-  // Its elements fill one run of memory, in whatever order.
-  bool dense() const {
-    if (!t.strides || numel == 0) return true;
-    int64_t next = 1;
-    bool in_order = true;
-    for (int d = t.ndim - 1; d >= 0 && in_order; --d) {
-      in_order = t.shape[d] == 1 || t.strides[d] == next;
-      next *= t.shape[d];
-    }
-    if (in_order) return true;
-    std::vector<std::pair<int64_t, int64_t>> dims;
-    for (int d = 0; d < t.ndim; ++d)
-      if (t.shape[d] != 1) dims.push_back({t.strides[d], t.shape[d]});
-    std::sort(dims.begin(), dims.end());
-    next = 1;
-    for (const auto& [stride, size] : dims) {
-      if (stride != next) return false;
-      next *= size;
-    }
-    return true;
-  }
-  // Element by element, the same place in memory order.
-  bool like(const View& o) const {
-    if (t.ndim != o.t.ndim || numel != o.numel) return false;
-    for (int d = 0; d < t.ndim; ++d)
-      if (t.shape[d] != o.t.shape[d] || (t.shape[d] != 1 && stride(d) != o.stride(d))) return false;
-    return true;
-  }
-};
-
-int store_of(const View& v, int place) {
-  if (v.is(dlpack::kFloat, 32)) return optim::kPlain;
-  if (v.is(dlpack::kBfloat, 16)) return optim::kHalf;
-  if (v.is(kDlInt, 8)) return optim::kSignedRoot;
-  if (v.is(kDlUint, 8)) return optim::kFourthRoot;
-  if (v.is(kDlFloat8E4m3fn, 8)) return place == 0 ? optim::kFp8 : optim::kFp8Square;
-  return kOther;
-}
-
-// One parameter group as Python passes it: settings, then lists with one entry a tensor. A list may
-// be None where the optimizer has no such thing.
-enum Field {
-  kSettings, kParams, kGrads, kState0, kState1, kState2, kScale0, kScale1, kMasters, kSteps, kFresh,
-  kNumbers, kFields
-};
-
-struct Group {
-  PyObject* field[kFields];
-  Py_ssize_t count;
-  double set[10];
-
-  bool read(PyObject* tuple) {
-    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != kFields) return wrong();
-    for (int f = 0; f < kFields; ++f) field[f] = PyTuple_GET_ITEM(tuple, f);
-    if (!PyTuple_Check(field[kSettings]) || PyTuple_GET_SIZE(field[kSettings]) != 10 ||
-        !PyList_Check(field[kParams]))
-      return wrong();
-    for (int i = 0; i < 10; ++i) set[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(field[kSettings], i));
-    if (PyErr_Occurred()) return false;
-    count = PyList_GET_SIZE(field[kParams]);
-    for (int f = kGrads; f < kFields; ++f)
-      if (field[f] != Py_None && (!PyList_Check(field[f]) || PyList_GET_SIZE(field[f]) != count))
-        return wrong();
-    return true;
-  }
-  static bool wrong() {
-    PyErr_SetString(PyExc_TypeError, "groups: expected tuples of settings and equally long lists");
-    return false;
-  }
-  PyObject* get(Field f, Py_ssize_t i) const {
-    if (field[f] == Py_None) return nullptr;
-    PyObject* item = PyList_GET_ITEM(field[f], i);
-    return item == Py_None ? nullptr : item;
-  }
-};
-
-struct Count {  // a state's `step`: a scalar tensor, float32 or float64
-  void* data = nullptr;
-  bool wide = false;
-  double value() const { return wide ? *static_cast<double*>(data) : *static_cast<float*>(data); }
-  void set(double t) const {
-    if (wide)
-      *static_cast<double*>(data) = t;
-    else
-      *static_cast<float*>(data) = float(t);
-  }
-};
-
-bool read_count(PyObject* object, Count& out) {
-  View v;
-  if (!v.read(object) || v.numel != 1 || v.t.dtype.code != dlpack::kFloat) return false;
-  out = {v.data(), v.t.dtype.bits == 64};
-  return v.t.dtype.bits == 64 || v.t.dtype.bits == 32;
-}
-
-// Everything of one tensor but its coefficients; false when it is not an ordinary one.
-bool read_tensor(const Group& g, Py_ssize_t i, Tensor& t, Count& count) {
-  View param, grad;
-  if (!param.read(g.get(kParams, i)) || !grad.read(g.get(kGrads, i))) return false;
-  t.n = param.numel;
-  t.param = param.data();
-  t.grad = grad.data();
-  t.param_type = param.type();
-  t.grad_type = grad.type();
-  if (t.param_type == kOther || t.grad_type == kOther || !param.dense() || !grad.like(param))
-    return false;
-  for (int k = 0; k < 3; ++k) {
-    PyObject* state = g.get(Field(kState0 + k), i);
-    if (!state) continue;
-    View v, s;
-    if (!v.read(state) || !v.like(param)) return false;
-    t.state[k] = v.data();
-    t.store[k] = store_of(v, k);
-    if (t.store[k] == kOther) return false;
-    if (t.store[k] <= optim::kHalf) continue;
-    PyObject* scale = k < 2 ? g.get(Field(kScale0 + k), i) : nullptr;
-    if (!scale || !s.read(scale) || s.type() != kFloat32 || !s.dense()) return false;
-    if (s.numel != (t.n + optim::kScaled - 1) / optim::kScaled) return false;
-    t.scale[k] = static_cast<float*>(s.data());
-  }
-  if (PyObject* master = g.get(kMasters, i)) {
-    View v;
-    if (!v.read(master) || v.type() != kFloat32 || !v.like(param)) return false;
-    t.master = static_cast<float*>(v.data());
-  }
-  PyObject* step = g.get(kSteps, i);
-  return !step || read_count(step, count);
-}
 
 uint32_t mixed(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x21f0aaadu;
@@ -230,49 +54,147 @@ Coefficients coefficients(int kind, const double* set, double t, bool fresh, Pow
   return c;
 }
 
-// optim_step(kind, groups, threads): updates everything and returns None, or changes nothing and
-// returns the places (counted through all groups) of tensors that it cannot read.
-py::object step(int kind, py::list groups, int threads) {
+// A step's tensors as the kernels want them.
+struct Batch {
+  int kind;
   std::vector<Tensor> tensors;
   std::vector<Coefficients> uses;
   std::vector<Count> counts;
   std::vector<double> times;
-  py::list odd;
   Powers powers;
+  Coefficients use{};
+  const double* last_set = nullptr;
+  bool last_fresh = false;
+
+  explicit Batch(int which) : kind(which) {}
+  // Settings are read anew, perhaps at the same address.
+  void begin_group() { last_set = nullptr; }
+  // false when the tensor is not an ordinary one.
+  bool add(const double* set, const Items& item, uint32_t number, bool fresh) {
+    Tensor t{};
+    Count count;
+    if (!read_tensor(item, t, count)) return false;
+    const double time = count.data ? count.value() + 1 : 0.0;
+    t.key = mixed(mixed(uint32_t(int64_t(set[9])) + 0x9e3779b9u * number) + uint32_t(time));
+    t.stochastic = set[8] != 0 && t.param_type == kBFloat16 && !t.master;
+    // the same as the last one's, as a rule
+    if (uses.empty() || set != last_set || time != times.back() || fresh != last_fresh)
+      use = coefficients(kind, set, time, fresh, powers);
+    last_set = set, last_fresh = fresh;
+    uses.push_back(use);
+    tensors.push_back(t);
+    counts.push_back(count);
+    times.push_back(time);
+    return true;
+  }
+  void run(int threads) {
+    for (size_t i = 0; i < tensors.size(); ++i) tensors[i].use = &uses[i];
+    {
+      py::gil_scoped_release no_gil;
+      optim::kernels().step({kind, tensors.data(), int64_t(tensors.size()), threads});
+    }
+    for (size_t i = 0; i < counts.size(); ++i)
+      if (counts[i].data) counts[i].set(times[i]);
+  }
+};
+
+// optim_step(kind, groups, threads): updates everything and returns None, or changes nothing and
+// returns the places (counted through all groups) of tensors that it cannot read.
+py::object step(int kind, py::list groups, int threads) {
+  Batch batch(kind);
+  py::list odd;
   size_t place = 0;
   if (!api) throw std::runtime_error("optim_bind has not been called");
   for (py::handle entry : groups) {
     Group g;
     if (!g.read(entry.ptr())) throw py::error_already_set();
-    tensors.reserve(tensors.size() + g.count);
+    batch.begin_group();
     for (Py_ssize_t i = 0; i < g.count; ++i, ++place) {
-      Tensor t{};
-      Count count;
-      if (!read_tensor(g, i, t, count)) {
-        odd.append(place);
-        continue;
-      }
-      const double time = count.data ? count.value() + 1 : 0.0;
-      PyObject* fresh = g.get(kFresh, i);
-      const uint32_t number = uint32_t(PyLong_AsUnsignedLongMask(g.get(kNumbers, i)));
-      t.key = mixed(mixed(uint32_t(int64_t(g.set[9])) + 0x9e3779b9u * number) + uint32_t(time));
-      t.stochastic = g.set[8] != 0 && t.param_type == kBFloat16 && !t.master;
-      uses.push_back(coefficients(kind, g.set, time, fresh && PyObject_IsTrue(fresh), powers));
-      tensors.push_back(t);
-      counts.push_back(count);
-      times.push_back(time);
+      const Items item = g.items(i);
+      const uint32_t number = uint32_t(PyLong_AsUnsignedLongMask(item.of[kNumbers]));
+      const bool fresh = item.of[kFresh] && PyObject_IsTrue(item.of[kFresh]);
+      if (!batch.add(g.set, item, number, fresh)) odd.append(place);
     }
   }
   if (PyErr_Occurred()) throw py::error_already_set();
   if (!odd.empty()) return odd;
-  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].use = &uses[i];
-  {
-    py::gil_scoped_release no_gil;
-    optim::kernels().step({kind, tensors.data(), int64_t(tensors.size()), threads});
-  }
-  for (size_t i = 0; i < counts.size(); ++i)
-    if (counts[i].data) counts[i].set(times[i]);
+  batch.run(threads);
   return py::none();
+}
+
+// Looks parameters up in an optimizer's state. Its entries are usually in the parameters' order, and
+// then none of them has to be hashed, which is a call of Python.
+class States {
+ public:
+  explicit States(PyObject* dict) : dict_(dict) { advance(); }
+
+  // Borrowed; null without an entry (an error may be set).
+  PyObject* of(PyObject* param) {
+    if (param != key_) return PyDict_GetItemWithError(dict_, param);
+    PyObject* found = value_;
+    advance();
+    return found;
+  }
+
+ private:
+  void advance() {
+    if (!PyDict_Next(dict_, &at_, &key_, &value_)) key_ = value_ = nullptr;
+  }
+  PyObject *dict_, *key_ = nullptr, *value_ = nullptr;
+  Py_ssize_t at_ = 0;
+};
+
+// optim_step_all(kind, groups, state, threads): the same for groups of (settings, parameters, names
+// of what their states have, number of the first parameter), where gradients and states are looked
+// up here. Returns the updated parameters, or changes nothing and returns None as soon as there is
+// something out of the ordinary: a state to begin with, a subclass, another device.
+py::object step_all(int kind, py::list groups, py::dict state, int threads) {
+  Batch batch(kind);
+  std::vector<py::object> alive;  // gradients
+  py::list done;
+  if (!api) throw std::runtime_error("optim_bind has not been called");
+  States states(state.ptr());
+  for (py::handle entry : groups) {
+    auto [settings, params, names, first] = entry.cast<std::tuple<py::tuple, py::list, py::tuple, int64_t>>();
+    double set[kNumbersInSettings];
+    if (!read_settings(settings.ptr(), set) || names.size() != kFields) Group::wrong();
+    if (PyErr_Occurred()) throw py::error_already_set();
+    batch.begin_group();
+    bool stateful = false;
+    for (int f = kState0; f < kFields; ++f) stateful |= PyTuple_GET_ITEM(names.ptr(), f) != Py_None;
+    for (Py_ssize_t i = 0; i < Py_ssize_t(params.size()); ++i) {
+      PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+      PyObject* own = states.of(param);
+      if (PyErr_Occurred()) throw py::error_already_set();
+      if (!types.plain(param)) return py::none();
+      py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, types.grad));
+      if (!grad) throw py::error_already_set();
+      if (grad.is_none()) continue;
+      if (!types.plain(grad.ptr()) || types.negative(grad.ptr())) return py::none();
+      if (stateful && (!own || !PyDict_Check(own))) return py::none();
+      Items item;
+      item.of[kParams] = param;
+      item.of[kGrads] = grad.ptr();
+      for (int f = kState0; f < kFields; ++f) {
+        PyObject* name = PyTuple_GET_ITEM(names.ptr(), f);
+        if (name == Py_None) continue;
+        PyObject* found = PyDict_GetItemWithError(own, name);
+        if (PyErr_Occurred()) throw py::error_already_set();
+        const bool needed = f <= kState2 || f == kSteps;  // small tensors have no scales
+        if ((!found || found == Py_None) && needed) return py::none();
+        if (found && !types.plain(found)) return py::none();
+        item.of[f] = found;
+      }
+      if (!batch.add(set, item, uint32_t(first + i), false)) return py::none();
+      const bool low = batch.tensors.back().param_type != kFloat32;
+      if (low && PyTuple_GET_ITEM(names.ptr(), kMasters) != Py_None && !item.of[kMasters])
+        return py::none();
+      alive.push_back(std::move(grad));
+      done.append(py::handle(param));
+    }
+  }
+  batch.run(threads);
+  return done;
 }
 
 // Reads gradients; false when one of them is not dense or not of a type that the kernels take.
@@ -316,6 +238,41 @@ py::object measure(py::list grads, int threads) {
   return py::make_tuple(sum, top);
 }
 
+// optim_squares(tensors, threads): each one's sum of squares, or None when one cannot be read.
+py::object squares(py::list tensors, int threads) {
+  std::vector<optim::Gradient> read;
+  py::list odd, out;
+  if (!read_gradients(tensors, read, odd)) return py::none();
+  std::vector<double> sums(read.size());
+  std::vector<float> largest(read.size());
+  {
+    py::gil_scoped_release no_gil;
+    optim::kernels().measure(
+        {read.data(), int64_t(read.size()), 1.0f, threads, sums.data(), largest.data()});
+  }
+  for (const double sum : sums) out.append(sum);
+  return out;
+}
+
+// An address of float32 numbers, as Python has it of a tensor that it made for the purpose.
+float* at(uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+// optim_factor_squares(grad, type, rows, cols, by_row, by_col, threads) and
+// optim_factor_direction(..., floor, factor, out, threads), which returns the sum of squares: of
+// addresses, for a gradient whose elements lie in order.
+void factor_squares(uintptr_t grad, int type, int64_t rows, int64_t cols, uintptr_t by_row,
+                    uintptr_t by_col, int threads) {
+  py::gil_scoped_release no_gil;
+  optim::kernels().factor_squares({rows, cols, at(grad), type, at(by_row), at(by_col), 0.0f, 1.0f,
+                                   nullptr, threads});
+}
+double factor_direction(uintptr_t grad, int type, int64_t rows, int64_t cols, uintptr_t by_row,
+                        uintptr_t by_col, float floor, float factor, uintptr_t out, int threads) {
+  py::gil_scoped_release no_gil;
+  return optim::kernels().factor_direction({rows, cols, at(grad), type, at(by_row), at(by_col),
+                                            floor, factor, at(out), threads});
+}
+
 // optim_scale(grads, factor, threads): multiplies in place and returns None, or changes nothing and
 // returns the places of tensors that it cannot read.
 py::object scale(py::list grads, float factor, int threads) {
@@ -333,11 +290,18 @@ py::object scale(py::list grads, float factor, int threads) {
 }  // namespace
 
 void bind_optim(py::module_& m) {
-  m.def("optim_bind", &bind, py::arg("tensor"), "Gives the optimizers torch.Tensor; once.");
+  m.def("optim_bind", &bind, py::arg("tensor"), py::arg("parameter"),
+        "Gives the optimizers torch.Tensor and torch.nn.Parameter; once.");
   m.def("optim_step", &step, py::arg("kind"), py::arg("groups"), py::arg("threads"),
         "Updates all tensors, or returns the places of those that it cannot read.");
+  m.def("optim_step_all", &step_all, py::arg("kind"), py::arg("groups"), py::arg("state"),
+        py::arg("threads"), "Updates all parameters and returns them, or None: nothing was done.");
   m.def("optim_measure", &measure, py::arg("grads"), py::arg("threads"),
         "(sum of squares, largest magnitude), or the places of tensors that it cannot read.");
+  m.def("optim_squares", &squares, py::arg("tensors"), py::arg("threads"),
+        "Each tensor's sum of squares, or None when one cannot be read.");
+  m.def("optim_factor_squares", &factor_squares, "Adafactor's sums of squares by row and column.");
+  m.def("optim_factor_direction", &factor_direction, "Adafactor's direction and its squares' sum.");
   m.def("optim_scale", &scale, py::arg("grads"), py::arg("factor"), py::arg("threads"),
         "Multiplies in place, or returns the places of tensors that it cannot read.");
 }

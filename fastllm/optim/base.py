@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from fastllm.core.backend import check_name, choice
 from fastllm.core.errors import UnsupportedError
+from fastllm.optim import cpu, states, triton
 from fastllm.optim import grads as gradients
-from fastllm.optim import states
 from fastllm.optim.local import local
 from fastllm.optim.settings import Settings
 from fastllm.optim.work import Work, run
@@ -30,11 +30,13 @@ class Fused(Optimizer):
     kind      the kernel (settings.ADAM, ...)
     places    state names in the kernel's order, of all states the optimizer can have
     counted   whether torch's state has a `step`; without one, a fresh momentum is the gradient
+    direct    whether `kind` is the whole step
     """
 
     kind: int
     places: tuple[str, ...]
     counted = True
+    direct = True
     own = ("state_dtype", "master_weights", "stochastic_rounding", "max_grad_norm", "seed")
 
     def options(
@@ -56,7 +58,10 @@ class Fused(Optimizer):
         self.stochastic_rounding = bool(stochastic_rounding)
         self.max_grad_norm = max_grad_norm
         self.seed = int(seed)
-        self.grad_norm: float | None = None  # of the last step, where max_grad_norm is given
+        # on a device it is a tensor there
+        self.grad_norm: float | Tensor | None = (
+            None  # of the last step, where max_grad_norm is given
+        )
         self.measured_norm: float | None = None  # of gradients that a GradScaler has just read
         self.backend_used: str | None = None
         self._step_supports_amp_scaling = True
@@ -102,6 +107,8 @@ class Fused(Optimizer):
 
     def update(self) -> None:
         """One step with the gradients that are there."""
+        if self._on_device():
+            return
         found = getattr(self, "found_inf", None)
         if found is not None and found.item():
             self.measured_norm = None
@@ -109,6 +116,9 @@ class Fused(Optimizer):
         factor = self._factor()
         name = choice.name
         special = any(g.get("capturable") or g.get("differentiable") for g in self.param_groups)
+        if name in (None, "cpu") and not special and self._at_once(factor):
+            self.backend_used = "cpu"
+            return
         elsewhere = name is None and not self._on_cpu() and self.not_torch() is None
         if name == "torch" or (name is None and special) or elsewhere:
             reason = self.not_torch()
@@ -117,7 +127,53 @@ class Fused(Optimizer):
             self._stock(factor)
             return
         works = [self._collect(group, index, factor) for index, group in self._numbered()]
-        self.backend_used = run(self.kind, [w for w in works if w.params], check_name(name))
+        self.backend_used = self.apply([w for w in works if w.params], check_name(name))
+
+    def apply(self, works: list[Work], backend: str | None) -> str | None:
+        """Updates everything; returns the name of what ran."""
+        return run(self.kind, works, backend)
+
+    def _on_device(self) -> bool:
+        """The step in Triton, which waits for nothing; False where it is not for Triton to make.
+
+        By itself it is taken where torch's own step cannot do the work: no GPU was here to time it.
+        """
+        name = choice.name
+        first = next((p for g in self.param_groups for p in g["params"]), None)
+        here = first is None or first.is_cpu
+        if name != "triton" and (name is not None or here or self.not_torch() is None):
+            return False
+        found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        works = [self._collect(group, index, 1.0) for index, group in self._numbered()]
+        works = [work for work in works if work.params]
+        reason: str | None = None if self.direct else "looks at whole tensors"
+        if self.state_dtype in ("int8", "fp8", "bf16"):
+            reason = f"states are {self.state_dtype}"
+        if works and reason is None:
+            reason = triton.refuses(self.kind, works, found)
+        if reason is not None:
+            for work in works:
+                for own, fresh in zip(work.own, work.fresh or (), strict=False):
+                    own.update({"fresh": True} if fresh else {})  # as it was
+            if name == "triton":
+                raise UnsupportedError(f"{type(self).__name__}: backend 'triton': {reason}")
+            return False
+        for i, work in enumerate(works):
+            works[i] = self._steps_moved(work)
+        if works:
+            norm = triton.run(self.kind, works, scale, found, self.max_grad_norm)
+            self.grad_norm = norm
+        self.measured_norm = None
+        self.backend_used = "triton"
+        return True
+
+    def _steps_moved(self, work: Work) -> Work:
+        """The same with its counts on the parameters' device, where they are read."""
+        if work.steps is None:
+            return work
+        for p, own in zip(work.params, work.own, strict=True):
+            own["step"] = own["step"].to(p.device)
+        return work._replace(steps=[own["step"] for own in work.own])
 
     def _on_cpu(self) -> bool:
         """Whether all parameters are: the kernels are there, torch's own step is elsewhere."""
@@ -182,6 +238,26 @@ class Fused(Optimizer):
             yield at, group
             at += len(group["params"])
 
+    def _at_once(self, factor: float) -> bool:
+        """The step in one call, from the second one on; False: nothing was done."""
+        if not self.direct:
+            return False
+        coded = self.state_dtype in ("int8", "fp8")
+        master = MASTER if self.master_weights else None
+        step = "step" if self._counts() else None
+        groups = []
+        for first, group in self._numbered():
+            settings = self.settings(group, -factor if group.get("maximize") else factor)
+            kept = self.kept(group)
+            scales = [f"{n}_scale" for n in kept[:2]] if coded else []
+            names = (*kept, None, None, None)[:3] + (*scales, None, None)[:2] + (master, step)
+            groups.append((settings, group["params"], names, first))
+        return cpu.run_all(self.kind, groups, self.state)
+
+    def _counts(self) -> bool:
+        """Whether states have a `step`."""
+        return self.counted or self.state_dtype != "fp32" or self.stochastic_rounding
+
     def _collect(self, group: dict[str, Any], first: int, factor: float) -> Work:
         """What the kernel needs of one group."""
         every = group["params"]
@@ -189,7 +265,7 @@ class Fused(Optimizer):
         have = [i for i, grad in enumerate(found) if grad is not None]
         params, given = [every[i] for i in have], [found[i] for i in have]
         names = self.kept(group)
-        counted = self.counted or self.state_dtype != "fp32" or self.stochastic_rounding
+        counted = self._counts()
         state = self.state if names or counted or self.master_weights else {p: {} for p in params}
         own = [state[p] for p in params]
         fresh = None

@@ -10,7 +10,7 @@ from fastllm import _C
 if TYPE_CHECKING:
     from fastllm.optim.work import Work
 
-_C.optim_bind(Tensor)
+_C.optim_bind(Tensor, torch.nn.Parameter)
 _threads = torch.get_num_threads
 _is_neg = Tensor.is_neg
 
@@ -39,6 +39,23 @@ def run(kind: int, works: "list[Work]") -> "list[Work]":
     if fine and _C.optim_step(kind, [_arguments(w) for w in fine], _threads()) is not None:
         raise RuntimeError("tensors changed during an optimizer's step")
     return _done(fine, rest)
+
+
+def run_all(kind: int, groups: list[tuple[Any, ...]], state: dict[Any, Any]) -> bool:
+    """Updates groups of (settings, parameters, names of their states, number of the first).
+
+    False, and nothing is done, where a state is to begin or a tensor is not an ordinary one. Names
+    are three of states, two of scales, the master copy's and the step's, or None.
+    """
+    groups = [
+        (tuple(map(float, settings)), params, (None, None, None, *names, None, None), first)
+        for settings, params, names, first in groups
+    ]
+    done = _C.optim_step_all(kind, groups, state, _threads())
+    if done is None:
+        return False
+    torch.autograd.graph.increment_version(done)
+    return True
 
 
 def _done(works: "list[Work]", rest: "list[Work]") -> "list[Work]":

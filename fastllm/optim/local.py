@@ -1,6 +1,8 @@
 """Local parts of distributed tensors: an optimizer's step needs no communication."""
 
+import math
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +45,31 @@ def shard(tensor: Any) -> Any:
     with torch.no_grad():
         part = tensor.to_local()
     return part.wait() if hasattr(part, "wait") else part
+
+
+def zeros_like_shard(param: Any, dtype: torch.dtype) -> Any:
+    """Zeros of any dtype, placed as the DTensor `param` is."""
+    mine = torch.zeros_like(shard(param), dtype=torch.uint8).view(dtype)
+    return type(param).from_local(
+        mine, param.device_mesh, param.placements, run_check=False, shape=param.shape,
+        stride=param.stride(),
+    )  # fmt: skip
+
+
+def scales_like_shard(param: Any, scales_of: Callable[[int], int]) -> Any:
+    """Zeros for the scales of each shard's blocks, one after the other.
+
+    Every shard has as many as the largest one needs. A checkpoint of them is for as many shards.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, sizes = param.device_mesh, list(param.shape)
+    for dim, placement in enumerate(param.placements):
+        if placement.is_shard():
+            sizes[placement.dim] = -(-sizes[placement.dim] // mesh.size(dim))
+    mine = torch.zeros(scales_of(math.prod(sizes)), device=shard(param).device)
+    places = [Shard(0) if p.is_shard() else Replicate() for p in param.placements]
+    return type(param).from_local(mine, mesh, places, run_check=False)
 
 
 def _as_placed(param: Any, grad: Any) -> Any:

@@ -19,13 +19,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastllm.optim.local import is_dtensor, scales_like_shard, zeros_like_shard
+
 BLOCK = 128  # elements that share a scale
 SMALL = 4096  # tensors of fewer elements keep float32 states
 STATE_DTYPES = ("fp32", "bf16", "int8", "fp8")
 LOW = (torch.bfloat16, torch.float16)
 KERNEL_DTYPES = (torch.float32, *LOW)
 
-_MASK = 0xFFFFFFFF
+DEALT = 4 * BLOCK  # elements that share a random number
+
+_MASK, _GOLDEN = 0xFFFFFFFF, 0x9E3779B9
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ def zeros(param: Tensor, kept: str, place: int) -> tuple[Tensor, Tensor | None]:
         if place > 1 and kept == "bf16":
             dtype = torch.float32
         return torch.zeros_like(param, dtype=dtype), None
+    if is_dtensor(param):
+        return zeros_like_shard(param, code.dtype), scales_like_shard(param, scales_of)
     codes = torch.zeros_like(param, dtype=torch.uint8).view(code.dtype)
     scales = torch.zeros(scales_of(param.numel()), device=param.device)
     return codes, scales
@@ -118,19 +124,25 @@ def mixed(x: int) -> int:
 
 def key_of(seed: int, number: int, time: int) -> int:
     """The key of a tensor's random numbers in a step."""
-    return mixed((mixed((seed + 0x9E3779B9 * number) & _MASK) + time) & _MASK)
+    return mixed((mixed((seed + _GOLDEN * number) & _MASK) + time) & _MASK)
 
 
-def random_bits(key: int, elements: int, device: torch.device) -> Tensor:
-    """32 random bits (as int64) for each of the elements of a tensor."""
-    x = torch.arange(elements, device=device)
-    x = ((x & _MASK) * 0x9E3779B9 + key + _high(x >> 32)) & _MASK
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
-    return x ^ (x >> 15)
+def random_bits(key: int, elements: int, device: torch.device, signed: bool = True) -> Tensor:
+    """23 random bits (as int64) for each of the elements of a tensor.
+
+    DEALT elements in a row share a number of their own, xor bits that depend on the place; signed
+    and unsigned codes have different ones.
+    """
+    group = torch.arange(-(-elements // DEALT), device=device)
+    base = _mixed((group & _MASK) * _GOLDEN + _mixed(group >> 32) + key)
+    deal = _mixed(torch.arange(DEALT, device=device) * _GOLDEN)
+    bits = (base if signed else _mixed(base))[:, None] ^ deal
+    return (bits & 0x7FFFFF).flatten()[:elements]
 
 
-def _high(x: Tensor) -> Tensor:
-    """mixed() of the upper half of an index."""
+def _mixed(x: Tensor) -> Tensor:
+    """mixed() of many numbers."""
+    x = x & _MASK
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
     x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
     return x ^ (x >> 15)
@@ -155,18 +167,17 @@ def encode(x: Tensor, code: Code, key: int) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(x, (0, scales_of(n) * BLOCK - n)).view(-1, BLOCK)
     scales = padded.abs().amax(1) if n else padded.new_zeros(0)
     scales = torch.where(padded.isnan().any(1), torch.nan, scales) if n else scales
-    scales = torch.where(scales < torch.finfo(torch.float32).tiny, 0.0, scales)
+    least = code.unit * 2.0**-126  # unit / scale is a number
+    scales = torch.where(scales < 2.0**-126, 0.0, scales.clamp(min=least))
     usable = scales.isfinite() & (scales > 0)
-    inverse = torch.where(usable, 1.0 / scales, 0.0)
     # a little short of the unit: rounding never takes the largest past the last code
-    unit = code.unit * (1 - 2.0**-22)
-    y = torch.where(usable[:, None], padded.abs() * inverse[:, None] * unit, 0.0)
+    factor = torch.where(usable, code.unit * (1 - 2.0**-22) / scales, 0.0)
+    y = torch.where(usable[:, None], padded.abs() * factor[:, None], 0.0)
     y = y.flatten()[:n]
     low = code.low(y)
     below, above = code.value(low), code.value(low + 1)
     if key:
-        bits = random_bits(key, n, x.device)
-        share = (bits & 0x7FFFFF if code.signed else bits >> 9).float() * 2.0**-23
+        share = random_bits(key, n, x.device, code.signed).float() * 2.0**-23
     else:
         share = torch.full_like(y, 0.5)
     made = (low + (share * (above - below) < y - below).int()).clamp(max=code.most)

@@ -110,7 +110,7 @@ def _write(work: Work, i: int, place: int, value: Tensor, key: int) -> None:
     if scale is not None:
         codes, scales = states.encode(states.flat(value), _code(state, place), key)
         states.flat(state.view(torch.uint8)).copy_(codes.view(torch.uint8))
-        scale.copy_(scales)
+        scale[: scales.numel()].copy_(scales)  # a shard may have more than it needs
     elif state.dtype == torch.bfloat16:
         states.flat(state).copy_(states.round_bf16(states.flat(value), key + place))
     elif value is not state:

@@ -68,10 +68,23 @@ struct Gradients {
   float* largest;   // for measure: one for each tensor, inf or NaN when one is among its elements
 };
 
+// A gradient of rows x cols in order, for Adafactor. `out` is of the same layout in float32.
+struct Factored {
+  int64_t rows, cols;
+  const void* grad;
+  int type;
+  float *by_row, *by_col;
+  float floor, factor;
+  float* out;
+  int threads;
+};
+
 struct Kernels {
   void (*step)(const Step&);
   void (*measure)(const Gradients&);
   void (*scale)(const Gradients&);
+  void (*factor_squares)(const Factored&);      // writes by_row and by_col
+  double (*factor_direction)(const Factored&);  // writes out, returns the sum of its squares
 };
 
 // The kernels of the level in use.

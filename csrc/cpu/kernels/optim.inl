@@ -11,11 +11,18 @@ struct alignas(64) Room {
   float param[kRoom], grad[kRoom], state[3][kRoom];
 };
 
+// How far ahead lines are asked for: four or five streams at once are more than a core's own
+// prefetcher keeps up with, and it stops at each page.
+constexpr i64 kAhead = 1024;
+
 // n values of any type as floats, with zeros up to the next whole vector.
 template <class T>
 INLINE void widen(const T* from, float* to, i64 n) {
   i64 i = 0;
-  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  for (; i + W <= n; i += W) {
+    if (i * i64(sizeof(T)) % 64 == 0) prefetch(from + i, kAhead, 0);
+    store(to + i, load(from + i));
+  }
   if (i < n) store(to + i, keep(load(from + i, int(n - i)), int(n - i)));
 }
 template <class T>
@@ -35,8 +42,9 @@ APART void round_as(int type, void* to, i64 at, const float* from, i64 n) {
 APART void round_stochastic(bf16* to, const float* from, i64 n, uint32_t key, i64 at) {
   Random random(key, at);
   i64 i = 0;
-  for (; i + W <= n; i += W) store_stochastic(to + i, load(from + i), random.take(), W);
-  if (i < n) store_stochastic(to + i, load(from + i, int(n - i)), random.take(), n - i);
+  for (; i + W <= n; i += W, random.skip())
+    store_stochastic(to + i, load(from + i), random.bits<true>(), W);
+  if (i < n) store_stochastic(to + i, load(from + i, int(n - i)), random.bits<true>(), n - i);
 }
 
 template <class C>
@@ -81,6 +89,14 @@ struct Floating {
   float* state[3];
 };
 
+// m / (sqrt(v) * unbias + eps).
+INLINE Vec over_root(Vec first, Vec second, Vec unbias, Vec eps) {
+  const Vec size = fma(quick_root(second), unbias, eps);
+  if (__builtin_expect(!plain(size), 0))
+    return quotient(first, fma(root(second), unbias, eps));
+  return quick_quotient(first, size);
+}
+
 // m and v are the moving averages of g and g^2; p -= step * m / (sqrt(v) * root + eps).
 template <bool Decay, bool Max>
 APART void adam(const Floating& f, const Coefficients& c, i64 n) {
@@ -89,7 +105,9 @@ APART void adam(const Floating& f, const Coefficients& c, i64 n) {
   const Vec scale = set1(c.grad), l2 = set1(c.l2), decay = set1(c.decay), mix1 = set1(c.mix1);
   const Vec keep2 = set1(c.keep2), mix2 = set1(c.mix2), unbias = set1(c.root), eps = set1(c.eps);
   const Vec step = set1(-c.step);
-  sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+  sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+    prefetch(p + i, kAhead, k), prefetch(g + i, kAhead, k);
+    prefetch(m + i, kAhead, k), prefetch(v + i, kAhead, k);
     Vec param = get(p + i, lanes), grad = get(g + i, lanes) * scale;
     if (Decay) grad = fma(l2, param, grad);
     param = param * decay;
@@ -102,8 +120,7 @@ APART void adam(const Floating& f, const Coefficients& c, i64 n) {
       second = larger(second, get(most + i, lanes));
       put<false>(most + i, second, lanes);
     }
-    const Vec size = fma(root(second), unbias, eps);
-    put<false>(p + i, fma(step, quotient(first, size), param), lanes);
+    put<false>(p + i, fma(step, over_root(first, second, unbias, eps), param), lanes);
   });
 }
 
@@ -112,8 +129,10 @@ APART void sgd(const Floating& f, const Coefficients& c, i64 n) {
   float *p = f.param, *b = f.state[0];
   const float* g = f.grad;
   const Vec scale = set1(c.grad), l2 = set1(c.l2), step = set1(-c.step);
-  const Vec momentum = set1(c.momentum), damp = set1(c.damp);
-  sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+  const Vec momentum = set1(c.momentum), damp = set1(c.damp), keep_part = set1(c.decay);
+  sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+    prefetch(p + i, kAhead, k), prefetch(g + i, kAhead, k);
+    if (Momentum) prefetch(b + i, kAhead, k);
     const Vec param = get(p + i, lanes);
     Vec grad = get(g + i, lanes) * scale;
     if (Decay) grad = fma(l2, param, grad);
@@ -122,7 +141,7 @@ APART void sgd(const Floating& f, const Coefficients& c, i64 n) {
       put<false>(b + i, buffer, lanes);
       grad = c.nesterov ? fma(momentum, buffer, grad) : buffer;
     }
-    put<false>(p + i, fma(step, grad, param), lanes);
+    put<false>(p + i, fma(step, grad, param * keep_part), lanes);
   });
 }
 
@@ -132,7 +151,8 @@ APART void lion(const Floating& f, const Coefficients& c, i64 n) {
   const float* g = f.grad;
   const Vec scale = set1(c.grad), decay = set1(c.decay), mix1 = set1(c.mix1), mix2 = set1(c.mix2);
   const Vec step = set1(-c.step);
-  sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+  sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+    prefetch(p + i, kAhead, k), prefetch(g + i, kAhead, k), prefetch(m + i, kAhead, k);
     const Vec grad = get(g + i, lanes) * scale, old = get(m + i, lanes);
     const Vec along = fma(mix1, grad - old, old);
     // sign(0) is 0, and NaN stays NaN
@@ -186,9 +206,8 @@ APART void adam_coded(const Floating& f, const Coded& s, const Coefficients& c, 
       for (i64 i = block; i < block + kScaled; i += W) {
         Vec param = load(f.param + i), grad = load(f.grad + i) * grad_scale;
         if (Decay) grad = fma(l2, param, grad);
-        const Vec first = fma(M::get((Words)load_bytes(s.code[0] + i)), unit1, grad * mix1);
-        const Vec second =
-            fma(grad * grad, mix2, V::get((Words)load_bytes(s.code[1] + i)) * unit2);
+        const Vec first = fma(M::get(s.code[0] + i), unit1, grad * mix1);
+        const Vec second = fma(grad * grad, mix2, V::get(s.code[1] + i) * unit2);
         store(first_room + (i - group), first);
         store(second_room + (i - group), second);
         top1 = larger_bits(top1, magnitude(first));
@@ -196,18 +215,20 @@ APART void adam_coded(const Floating& f, const Coded& s, const Coefficients& c, 
         const Vec size = fma(rough_root(second), unbias, eps);
         store(f.param + i, fma(step, first * rough_inverse(size), param * decay));
       }
-      *scales[0] = scale_of(top1);
-      *scales[1] = scale_of(top2);
+      *scales[0] = scale_of<M>(top1);
+      *scales[1] = scale_of<V>(top2);
     }
     for (i64 block = group; block < end; block += kScaled) {
       const Coder<M> one(s.scale[0][block / kScaled]);
       const Coder<V> two(s.scale[1][block / kScaled]);
       Random random(s.key, s.at + block);
-      for (i64 i = block; i < block + kScaled; i += W) {
-        const Words bits = random.take();
-        const Words m = one.code(load(first_room + (i - group)), bits);
+      for (i64 i = block; i < block + kScaled; i += W, random.skip()) {
+        // memory is idle here: lines of a later group come while this one is encoded
+        __builtin_prefetch(f.param + i + 2 * kRoom, 1);
+        __builtin_prefetch(f.grad + i + 2 * kRoom);
+        const Words m = one.code(load(first_room + (i - group)), random);
         store_bytes(s.code[0] + i, (Lane32)m);
-        const Words v = two.code(load(second_room + (i - group)), bits);
+        const Words v = two.code(load(second_room + (i - group)), random);
         store_bytes(s.code[1] + i, (Lane32)v);
       }
     }
@@ -311,73 +332,7 @@ void step(const Step& s) {
              [&](i64 i, i64 from, i64 to) { piece(s.kind, s.tensors[i], from, to); });
 }
 
-// Sums of this many squares run in fp32, their sums in double; both in an order of their own.
-constexpr i64 kSummed = 8192;
+#include "cpu/kernels/optim_factored.inl"
+#include "cpu/kernels/optim_gradients.inl"
 
-struct Measured {
-  double squares;
-  uint32_t largest;  // the bits of the largest magnitude: NaN above inf above all others
-};
-
-template <class T>
-APART Measured measured(const T* x, i64 n) {
-  Vec acc[4] = {zero(), zero(), zero(), zero()};
-  Words top[4] = {words(0), words(0), words(0), words(0)};
-  sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
-    const Vec v = get(x + i, lanes);
-    const Words bits = magnitude(v);
-    top[k] = pick_words((Words)(bits > top[k]), bits, top[k]);
-    acc[k] = fma(v, v, acc[k]);
-  });
-  Measured out{total(acc), 0};
-  for (int k = 0; k < 4; ++k)
-    for (int l = 0; l < W; ++l) out.largest = top[k][l] > out.largest ? top[k][l] : out.largest;
-  if (out.largest < 0x7f800000u && !(out.squares < 3.0e38)) {  // squares beyond fp32
-    out.squares = 0;
-    for (i64 i = 0; i < n; i += W) {
-      float lane[W];
-      store(lane, load(x + i, int(least(W, n - i))));
-      for (int l = 0; l < W; ++l) out.squares += double(lane[l]) * double(lane[l]);
-    }
-  }
-  return out;
-}
-
-void measure(const Gradients& a) {
-  i64 units = 0;
-  for (i64 i = 0; i < a.count; ++i) units += ceil_div(a.tensors[i].n, kSummed);
-  const Scratch scratch(4 * units + 2 * a.count);
-  Measured* parts = reinterpret_cast<Measured*>(scratch.data());
-  i64* first = reinterpret_cast<i64*>(parts + units);
-  for (i64 i = 0, at = 0; i < a.count; at += ceil_div(a.tensors[i].n, kSummed), ++i) first[i] = at;
-  each_piece(a.tensors, a.count, kSummed, 4, a.threads, [&](i64 i, i64 from, i64 to) {
-    with_type(a.tensors[i].type, [&](auto* type) {
-      const auto* x = static_cast<decltype(type)>(a.tensors[i].data);
-      for (i64 at = from; at < to; at += kSummed)
-        parts[first[i] + at / kSummed] = measured(x + at, least(kSummed, to - at));
-    });
-  });
-  for (i64 i = 0; i < a.count; ++i) {
-    const i64 end = first[i] + ceil_div(a.tensors[i].n, kSummed);
-    uint32_t largest = 0;
-    a.squares[i] = 0;
-    for (i64 k = first[i]; k < end; ++k) {
-      a.squares[i] += parts[k].squares;
-      largest = parts[k].largest > largest ? parts[k].largest : largest;
-    }
-    __builtin_memcpy(&a.largest[i], &largest, 4);
-  }
-}
-
-void scale(const Gradients& a) {
-  const Vec factor = set1(a.factor);
-  each_piece(a.tensors, a.count, kRoom, 8, a.threads, [&](i64 i, i64 from, i64 to) {
-    with_type(a.tensors[i].type, [&](auto* type) {
-      auto* x = static_cast<decltype(type)>(a.tensors[i].data) + from;
-      sweep(to - from, [&](auto lanes, i64 k, int)
-                           INLINE_LAMBDA { put<false>(x + k, get(x + k, lanes) * factor, lanes); });
-    });
-  });
-}
-
-constexpr Kernels table = {step, measure, scale};
+constexpr Kernels table = {step, measure, scale, factor_squares, factor_direction};

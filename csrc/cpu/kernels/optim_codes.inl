@@ -15,8 +15,8 @@ INLINE Words magnitude(Vec a) { return (Words)a.v & 0x7fffffffu; }
 INLINE Vec quotient(Vec a, Vec b) { return {a.v / b.v}; }
 INLINE Vec larger(Vec a, Vec b) { return {a.v < b.v ? b.v : a.v}; }
 
-// A counter-based generator: 32 random bits an element from its index and the tensor's key, so
-// that they do not depend on threads or on the width of a vector.
+// A counter-based generator: an element's bits follow from its index and the tensor's key, so that
+// they do not depend on threads or on the width of a vector.
 INLINE uint32_t mixed(uint32_t x) {
   x ^= x >> 16;
   x *= 0x21f0aaadu;
@@ -24,74 +24,88 @@ INLINE uint32_t mixed(uint32_t x) {
   x *= 0x735a2d97u;
   return x ^ (x >> 15);
 }
-constexpr uint32_t kGolden = 0x9e3779b9u;
-struct alignas(64) Lanes {
-  uint32_t at[W];
+// Random bits for each of kDealt elements in a row: 23 bits that depend on the place, xor a number of
+// the group's own. An element's bits are even over keys, which is what rounding needs. They lie in
+// the fraction of a float from 1 to 2.
+constexpr i64 kDealt = 4 * kScaled;
+constexpr uint32_t kGolden = 0x9e3779b9u, kFraction = 0x7fffffu, kOne = 0x3f800000u;
+struct alignas(64) Dealt {
+  uint32_t at[kDealt];
 };
-constexpr Lanes lanes_times_golden() {
-  Lanes out{};
-  for (int i = 0; i < W; ++i) out.at[i] = uint32_t(i) * kGolden;
-  return out;
-}
-constexpr Lanes kLaneSteps = lanes_times_golden();
-
-struct Random {
-  Words next;
-
-  INLINE_MEMBER Random(uint32_t key, i64 at) {
-    __builtin_memcpy(&next, &kLaneSteps, sizeof(next));
-    next = next + (uint32_t(at) * kGolden + key + mixed(uint32_t(at >> 32)));
-  }
-  // Those of the next W elements.
-  INLINE_MEMBER Words take() {
-    Words x = next;
-    next = next + uint32_t(W) * kGolden;
+constexpr Dealt deal() {
+  Dealt out{};
+  for (uint32_t i = 0; i < kDealt; ++i) {
+    uint32_t x = i * kGolden;
     x ^= x >> 16;
     x *= 0x21f0aaadu;
-    return x ^ (x >> 15);
+    x ^= x >> 15;
+    x *= 0x735a2d97u;
+    out.at[i] = ((x ^ (x >> 15)) & kFraction) | kOne;
   }
-};
-// 23 of the bits, the upper or the lower ones, as a number in [0, 1): no conversion.
-template <bool Upper>
-INLINE Vec share(Words random) {
-  const Words bits = (Upper ? random >> 9 : random & 0x7fffffu) | 0x3f800000u;
-  return Vec{(Floats)bits} - set1(1.0f);
+  return out;
 }
+constexpr Dealt kDeal = deal();
+
+// From element `at` on, to the end of its group; signed and unsigned codes have bits of their own.
+struct Random {
+  Words group[2];
+  const uint32_t* next;
+
+  INLINE_MEMBER Random(uint32_t key, i64 at) {
+    const uint64_t number = uint64_t(at / kDealt);
+    const uint32_t one = mixed(uint32_t(number) * kGolden + mixed(uint32_t(number >> 32)) + key);
+    group[0] = words(one & kFraction);
+    group[1] = words(mixed(one) & kFraction);
+    next = kDeal.at + at % kDealt;
+  }
+  template <bool Signed>
+  INLINE_MEMBER Words bits() const {
+    Words x;
+    __builtin_memcpy(&x, next, sizeof(x));
+    return x ^ group[!Signed];
+  }
+  // The bits as a number in [0, 1).
+  template <bool Signed>
+  INLINE_MEMBER Vec share() const {
+    return Vec{(Floats)bits<Signed>()} - set1(1.0f);
+  }
+  INLINE_MEMBER void skip() { next += W; }
+};
 INLINE Words above_or(Words low, Vec threshold, Vec y) {
   return threshold.v < y.v ? low + 1u : low;
 }
 
-// Each code: numbers in units of scale / kUnit. get(byte) is one's number; put(v, y, random) is the
-// code of v, whose magnitude is y, up or down at random, in proportion to the distances, so that
-// the mean of what is decoded is v. A rough root may pick the neighbour of the code next below y;
+// Each code: numbers in units of scale / kUnit. get(bytes) are the numbers of W codes; put(v, y, u) is the code
+// of v, whose magnitude is y, up or down as u in [0, 1) has it, in proportion to the distances, so
+// that the mean of what is decoded is v. A rough root may pick the neighbour of the code next below y;
 // the comparison with value + share * gap then still decides rightly. What is not finite takes any
 // code, for the scale makes it NaN or inf.
 struct SignedRoot {
   static constexpr float kUnit = 16129.0f;
   static constexpr bool kSigned = true;
-  INLINE_MEMBER static Words put(Vec v, Vec y, Words random) {
+  INLINE_MEMBER static Words put(Vec v, Vec y, Vec u) {
     const Words low = to_int(rough_root(y));
-    const Vec z = from_int(low), u = share<false>(random);
+    const Vec z = from_int(low);
     // z^2 + u (2 z + 1)
     const Ints code = (Ints)above_or(low, fma(z, fma(set1(2.0f), u, z), u), y);
     return (Words)((Ints)v.v < 0 ? -code : code);
   }
-  INLINE_MEMBER static Vec get(Words byte) {
-    const Vec z = from_int((Words)((Ints)(byte << 24) >> 24));
+  INLINE_MEMBER static Vec get(const uint8_t* codes) {
+    const Vec z = from_int((Words)load_signed_bytes(codes));
     return z * Vec{(Floats)magnitude(z)};
   }
 };
 struct FourthRoot {
   static constexpr float kUnit = 4228250625.0f;
   static constexpr bool kSigned = false;
-  INLINE_MEMBER static Words put(Vec, Vec y, Words random) {
+  INLINE_MEMBER static Words put(Vec, Vec y, Vec u) {
     const Words low = to_int(rough_fourth_root(y));
     const Vec two = set1(2.0f), z = from_int(low), s = z * z, d = fma(two, z, set1(1.0f));
     // z^4 + u ((z + 1)^4 - z^4), with the difference as (2 z + 1) (2 z^2 + 2 z + 1)
-    return above_or(low, fma(share<true>(random) * d, fma(two, s, d), s * s), y);
+    return above_or(low, fma(u * d, fma(two, s, d), s * s), y);
   }
-  INLINE_MEMBER static Vec get(Words byte) {
-    const Vec z = from_int(byte), s = z * z;
+  INLINE_MEMBER static Vec get(const uint8_t* codes) {
+    const Vec z = from_int((Words)load_bytes(codes)), s = z * z;
     return s * s;
   }
 };
@@ -108,26 +122,27 @@ INLINE Words floor_e4m3(Vec a) {
 struct Fp8 {
   static constexpr float kUnit = 448.0f;
   static constexpr bool kSigned = true;
-  INLINE_MEMBER static Words put(Vec v, Vec y, Words random) {
+  INLINE_MEMBER static Words put(Vec v, Vec y, Vec u) {
     const Words low = floor_e4m3(y);
     const Vec value = from_e4m3(low), gap = from_e4m3(low + 1u) - value;
-    const Words code = above_or(low, fma(share<false>(random), gap, value), y);
+    const Words code = above_or(low, fma(u, gap, value), y);
     return code | ((Words)v.v >> 31 << 7);
   }
-  INLINE_MEMBER static Vec get(Words byte) {
+  INLINE_MEMBER static Vec get(const uint8_t* codes) {
+    const Words byte = (Words)load_bytes(codes);
     return {(Floats)((Words)from_e4m3(byte & 0x7fu).v | (byte >> 7 << 31))};
   }
 };
 struct Fp8Square {
   static constexpr float kUnit = 448.0f * 448.0f;
   static constexpr bool kSigned = false;
-  INLINE_MEMBER static Words put(Vec, Vec y, Words random) {
+  INLINE_MEMBER static Words put(Vec, Vec y, Vec u) {
     const Words low = floor_e4m3(rough_root(y));
     const Vec z = from_e4m3(low), t = from_e4m3(low + 1u), value = z * z;
-    return above_or(low, fma(share<true>(random), t * t - value, value), y);
+    return above_or(low, fma(u, t * t - value, value), y);
   }
-  INLINE_MEMBER static Vec get(Words byte) {
-    const Vec z = from_e4m3(byte);
+  INLINE_MEMBER static Vec get(const uint8_t* codes) {
+    const Vec z = from_e4m3((Words)load_bytes(codes));
     return z * z;
   }
 };
@@ -137,48 +152,51 @@ template <class C>
 INLINE void decode_block(const uint8_t* codes, float scale, float* x, i64 n) {
   const Vec unit = set1(scale * (1.0f / C::kUnit));
   i64 i = 0;
-  for (; i + W <= n; i += W) store(x + i, C::get((Words)load_bytes(codes + i)) * unit);
+  for (; i + W <= n; i += W) store(x + i, C::get(codes + i) * unit);
   if (i < n) {
     uint8_t rest[W] = {};
     for (i64 k = i; k < n; ++k) rest[k - i] = codes[k];
-    store(x + i, C::get((Words)load_bytes(rest)) * unit);
+    store(x + i, C::get(rest) * unit);
   }
 }
 
 // The larger bits lane by lane: of magnitudes, NaN above inf above all others.
 INLINE Words larger_bits(Words a, Words b) { return a > b ? a : b; }
 
-// The scale of a block from the lanes' largest magnitudes.
+// The scale of a block from the lanes' largest magnitudes: at least so large that unit / scale is a
+// number, and 0 for a block of nothing but zeros and subnormals.
+template <class C>
 INLINE float scale_of(Words top) {
   const uint32_t bits = top_bits({(Floats)top});
   float out;
   __builtin_memcpy(&out, &bits, 4);
-  return bits < 0x00800000u ? 0.0f : out;  // subnormal: its inverse is not a number
+  const float least = C::kUnit * 0x1p-126f;
+  return bits < 0x00800000u ? 0.0f : out < least ? least : out;
 }
 
-INLINE float largest_magnitude(const float* x, i64 n) {
+template <class C>
+INLINE float scale_of(const float* x, i64 n) {
   Words top = words(0);
   for (i64 i = 0; i < n; i += W) top = larger_bits(top, magnitude(load(x + i)));
-  return scale_of(top);
+  return scale_of<C>(top);
 }
 
 // What turns numbers into codes of a block. The unit is a little short, so that rounding never
 // takes the largest magnitude past the last code.
 template <class C>
 struct Coder {
-  Vec inverse;
+  Vec factor;
   Words least_code;
 
   INLINE_MEMBER explicit Coder(float scale) {
     const bool usable = scale > 0.0f && scale < __builtin_inff();
-    inverse = set1(usable ? 1.0f / scale : 0.0f);
+    factor = set1(usable ? C::kUnit * (1.0f - 0x1p-22f) / scale : 0.0f);
     // no second moment next to a larger one is zero: that would make a step endless
     least_code = words(usable && !C::kSigned ? 1u : 0u);
   }
-  INLINE_MEMBER Words code(Vec v, Words random) const {
+  INLINE_MEMBER Words code(Vec v, const Random& random) const {
     const Vec size = C::kSigned ? Vec{(Floats)magnitude(v)} : v;
-    const Vec y = size * inverse * set1(C::kUnit * (1.0f - 0x1p-22f));
-    const Words made = C::put(v, y, random);
+    const Words made = C::put(v, size * factor, random.share<C::kSigned>());
     return C::kSigned ? made : larger_bits(made, least_code);
   }
 };
@@ -186,10 +204,10 @@ struct Coder {
 // Floats (zero from n to the next whole vector) into codes.
 template <class C>
 INLINE void encode_block(const float* x, uint8_t* codes, float* scale, i64 n, uint32_t key, i64 at) {
-  const Coder<C> coder(*scale = largest_magnitude(x, n));
+  const Coder<C> coder(*scale = scale_of<C>(x, n));
   Random random(key, at);
-  for (i64 i = 0; i < n; i += W) {
-    const Words code = coder.code(load(x + i), random.take());
+  for (i64 i = 0; i < n; i += W, random.skip()) {
+    const Words code = coder.code(load(x + i), random);
     if (i + W <= n) {
       store_bytes(codes + i, (Lane32)code);
     } else {

@@ -18,6 +18,8 @@ INLINE Vec quick_root(Vec a) { return root(a); }
 INLINE Vec rough_root(Vec a) { return root(a); }
 INLINE Vec rough_fourth_root(Vec a) { return root(root(a)); }
 INLINE Vec rough_inverse(Vec a) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), a.v)}; }
+INLINE Vec quick_quotient(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+INLINE bool plain(Vec) { return true; }
 // The largest lane, taken as unsigned integers: of magnitudes, NaN above inf above all others.
 INLINE uint32_t top_bits(Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
@@ -111,6 +113,10 @@ INLINE Vec rounded(const f16*, Vec a) { return {_mm256_cvtph_ps(to_f16(a))}; }
 // W bytes as the 32-bit integers in the lanes.
 INLINE __m256i load_bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+}
+
+INLINE __m256i load_signed_bytes(const uint8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
 }
 
 // What math.inl is made of. Bounds let NaN in x through.

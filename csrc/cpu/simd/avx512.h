@@ -27,6 +27,16 @@ INLINE Vec rough_root(Vec a) {
 }
 INLINE Vec rough_fourth_root(Vec a) { return {_mm512_rsqrt14_ps(_mm512_rsqrt14_ps(a.v))}; }
 INLINE Vec rough_inverse(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
+// A quotient to within two units in the last place, where plain(b).
+INLINE Vec quick_quotient(Vec a, Vec b) {
+  const __m512 y = _mm512_rcp14_ps(b.v), q = _mm512_mul_ps(a.v, y);
+  return {_mm512_fmadd_ps(_mm512_fnmadd_ps(q, b.v, a.v), y, q)};
+}
+// Whether all lanes are between 2^-38 and 2^100: far from where the quick forms fail.
+INLINE bool plain(Vec a) {
+  const __m512i from = _mm512_sub_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(89 << 23));
+  return _mm512_cmplt_epu32_mask(from, _mm512_set1_epi32(138 << 23)) == 0xffff;
+}
 // The largest lane, taken as unsigned integers: of magnitudes, NaN above inf above all others.
 INLINE uint32_t top_bits(Vec a) { return _mm512_reduce_max_epu32(_mm512_castps_si512(a.v)); }
 INLINE float hsum(Vec a) { return _mm512_reduce_add_ps(a.v); }
@@ -97,6 +107,10 @@ INLINE Vec rounded(const f16*, Vec a) { return {_mm512_cvtph_ps(to_f16(a))}; }
 // W bytes as the 32-bit integers in the lanes.
 INLINE __m512i load_bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+}
+
+INLINE __m512i load_signed_bytes(const uint8_t* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
 }
 
 // What math.inl is made of. Bounds let NaN in x through.

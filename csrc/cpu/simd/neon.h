@@ -19,6 +19,8 @@ INLINE Vec quick_root(Vec a) { return root(a); }
 INLINE Vec rough_root(Vec a) { return root(a); }
 INLINE Vec rough_fourth_root(Vec a) { return root(root(a)); }
 INLINE Vec rough_inverse(Vec a) { return {vdivq_f32(vdupq_n_f32(1.0f), a.v)}; }
+INLINE Vec quick_quotient(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
+INLINE bool plain(Vec) { return true; }
 // The largest lane, taken as unsigned integers: of magnitudes, NaN above inf above all others.
 INLINE uint32_t top_bits(Vec a) { return vmaxvq_u32(vreinterpretq_u32_f32(a.v)); }
 INLINE float hsum(Vec a) { return vaddvq_f32(a.v); }
@@ -101,6 +103,13 @@ INLINE uint32x4_t load_bytes(const uint8_t* p) {
   uint32_t four;
   __builtin_memcpy(&four, p, 4);
   return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
+}
+
+INLINE uint32x4_t load_signed_bytes(const uint8_t* p) {
+  uint32_t four;
+  __builtin_memcpy(&four, p, 4);
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(vcreate_u8(four)));
+  return vreinterpretq_u32_s32(vmovl_s16(vget_low_s16(wide)));
 }
 
 // What math.inl is made of. Bounds let NaN in x through.

@@ -32,6 +32,8 @@ INLINE Vec quick_root(Vec a) { return root(a); }
 INLINE Vec rough_root(Vec a) { return root(a); }
 INLINE Vec rough_fourth_root(Vec a) { return root(root(a)); }
 INLINE Vec rough_inverse(Vec a) { return {1.0f / a.v}; }
+INLINE Vec quick_quotient(Vec a, Vec b) { return {a.v / b.v}; }
+INLINE bool plain(Vec) { return true; }
 // The largest lane, taken as unsigned integers: of magnitudes, NaN above inf above all others.
 INLINE uint32_t top_bits(Vec a) {
   const u32x4 bits = (u32x4)a.v;
@@ -134,6 +136,11 @@ INLINE Vec rounded(const T* p, Vec a) {
 
 // W bytes as the 32-bit integers in the lanes.
 INLINE u32x4 load_bytes(const uint8_t* p) { return u32x4{p[0], p[1], p[2], p[3]}; }
+
+INLINE u32x4 load_signed_bytes(const uint8_t* p) {
+  const int8_t* s = (const int8_t*)p;
+  return (u32x4)i32x4{s[0], s[1], s[2], s[3]};
+}
 
 // What math.inl is made of. Bounds let NaN in x through.
 INLINE Vec at_least(Vec x, Vec low) {

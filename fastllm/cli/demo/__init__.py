@@ -57,7 +57,7 @@ def _show(found) -> None:
 
 def measure(seconds: float, quick: bool, threads: int | None, bars: Progress):  # -> Findings
     """Runs the halves one after the other, each in its share of `seconds`."""
-    from fastllm.cli.demo import encoder, llama, memory, report
+    from fastllm.cli.demo import encoder, lean, llama, memory, report
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.perf_counter()
@@ -81,11 +81,14 @@ def measure(seconds: float, quick: bool, threads: int | None, bars: Progress):  
         device=device,
         tick=tick,
     )
+    bars.reset(bar, description="Llama: float32 and lean training in turns")
+    steps = 20 if quick else 60
+    third = lean.compare(steps=steps, seconds=0.2 * seconds, device=device, tick=tick)
     bars.reset(bar, description="Llama: memory of each alone")
     variants = (encoder.STOCK, encoder.SWAPPED)
     found, reason = memory.peaks(variants, quick, device, threads)
     spent = time.perf_counter() - begin
-    return report.Findings(first, second, found, reason, device, spent)
+    return report.Findings(first, second, found, reason, device, spent, third)
 
 
 def write(found, out: Path) -> list[Path]:

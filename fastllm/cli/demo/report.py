@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 
 from fastllm.cli.console import table
+from fastllm.cli.demo import lean
 from fastllm.cli.demo.encoder import STOCK, SWAPPED, EncoderResult
 from fastllm.cli.demo.llama import LlamaResult
 from fastllm.cli.demo.memory import Memory
@@ -27,6 +28,7 @@ class Findings:
     no_memory: str | None
     device: str
     seconds: float
+    training: lean.LeanResult | None = None
 
 
 def summary(found: Findings) -> Table:
@@ -54,7 +56,7 @@ def rows(found: Findings) -> list[tuple[str, str, str, str]]:
         made.append(("Llama, peak memory, MiB", *_pair(peak, "{:.0f}"), _quotient(peak)))
         added = {name: (m.peak - m.before) / 2**20 for name, m in found.memory.items()}
         made.append(("  of it, added by training", *_pair(added, "{:.0f}"), _quotient(added)))
-    return made
+    return made + (lean.rows(found.training) if found.training else [])
 
 
 def notes(found: Findings) -> list[str]:
@@ -69,6 +71,12 @@ def notes(found: Findings) -> list[str]:
         "ratios are medians of quotients within a turn, quartiles in brackets; most of the time "
         "goes into matrix products, where torch's own code runs wherever it is as fast",
     ]
+    if found.training:
+        lines.append(
+            "lean training: left float32 with torch's AdamW, right bfloat16 autocast, two "
+            "micro-batches a step, clipping in the step, AdamW with 8-bit states; more with "
+            "python -m fastllm.cli.demo.lean"
+        )
     if found.no_memory:
         lines.append(f"memory was not measured: {found.no_memory}")
     elif torch.device(found.device).type == "cpu":
