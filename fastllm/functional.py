@@ -6,6 +6,7 @@ Every function takes `backend=` to force an implementation; without it, the best
 from fastllm.ops.activation import geglu, gelu, relu2, silu, swiglu
 from fastllm.ops.embedding import embedding
 from fastllm.ops.grouped import grouped_linear
+from fastllm.ops.linear_distill import linear_distillation_loss
 from fastllm.ops.linear_loss import linear_cross_entropy, token_log_probs
 from fastllm.ops.loss import cross_entropy, distillation_loss, hidden_state_loss
 from fastllm.ops.matmul import gated_linear, linear, matmul
@@ -48,6 +49,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_distillation_loss",
     "log_softmax",
     "matmul",
     "moe_permute",

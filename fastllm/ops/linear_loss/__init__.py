@@ -108,7 +108,7 @@ def linear_cross_entropy(
     device = input.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         kind = torch.get_autocast_dtype(device)
-        cast = [t if t is None else t.to(kind) for t in tensors]
+        cast: list[Any] = [t if t is None else t.to(kind) for t in tensors]
         with torch.autocast(device, enabled=False):
             return linear_cross_entropy(
                 cast[0], cast[1], target, cast[2], class_weight=class_weight,

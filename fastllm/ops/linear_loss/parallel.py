@@ -35,10 +35,10 @@ def linear_cross_entropy(group: Any, backend: str | None, *args: Any) -> Tensor:
     loss = _Sharded.apply(group, kernels, shard, o, target, class_weight, *args[:2], bias, low, up)
     if o.reduction == "none":
         return loss
-    divisor = 1.0
-    if o.reduction == "mean":
-        divisor = mean_divisor(target, class_weight, o.ignore_index)
-    return loss.sum() / divisor
+    total = loss.sum()
+    if o.reduction == "sum":
+        return total
+    return total / mean_divisor(target, class_weight, o.ignore_index)
 
 
 def _shard(weight: Tensor, group: Any) -> Shard:

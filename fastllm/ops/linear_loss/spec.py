@@ -71,15 +71,17 @@ def plan(input: Tensor, weight: Tensor, chunk_bytes: int, whole_rows: bool = Fal
     return Plan(block, min(part, -(-even // 64) * 64))
 
 
-def check_head(input: Tensor, weight: Tensor, bias: Tensor | None, who: str = "") -> None:
+def check_head(
+    input: Tensor, weight: Tensor, bias: Tensor | None, who: str = "", name: str = "input"
+) -> None:
     """Raises unless input [tokens, features], weight [classes, features], bias [classes] fit."""
-    require_float(f"{who}input", input)
+    require_float(name, input)
     require_float(f"{who}weight", weight)
     if input.dim() != 2:
-        raise ValueError(f"{who}input: expected [tokens, features], found {list(input.shape)}")
+        raise ValueError(f"{name}: expected [tokens, features], found {list(input.shape)}")
     if weight.dim() != 2 or weight.shape[1] != input.shape[1] or weight.dtype != input.dtype:
         raise ValueError(
-            f"{who}weight: expected [classes, {input.shape[1]}] of input's dtype "
+            f"{who}weight: expected [classes, {input.shape[1]}] of {name}'s dtype "
             f"({describe(input)}), found {describe(weight)}"
         )
     if bias is not None:
