@@ -1,4 +1,4 @@
-"""`fastllm demo`: a real encoder and a small Llama, stock against swapped, measured."""
+"""`fastllm demo`: a real encoder and a small Llama that teaches a smaller one, measured."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ _SECONDS, _QUICK_SECONDS = 80.0, 12.0
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures both halves, shows the figures, writes the report where --out says."""
+    """Measures all parts, shows the figures, writes the report where --out says."""
     missing = [package for module, package in _EXTRA.items() if find_spec(module) is None]
     if missing:
         raise CliError(f'{missing[0]} is missing: pip install "fastllm-kernels[demo]"')
@@ -56,8 +56,8 @@ def _show(found) -> None:
 
 
 def measure(seconds: float, quick: bool, threads: int | None, bars: Progress):  # -> Findings
-    """Runs the halves one after the other, each in its share of `seconds`."""
-    from fastllm.cli.demo import encoder, llama, memory, report
+    """Runs the parts one after the other, each in its share of `seconds`."""
+    from fastllm.cli.demo import distil, encoder, llama, memory, report
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.perf_counter()
@@ -77,7 +77,16 @@ def measure(seconds: float, quick: bool, threads: int | None, bars: Progress):  
     second = llama.compare(
         size=llama.QUICK if quick else llama.Size(),
         steps=30 if quick else 150,
-        seconds=0.6 * seconds,
+        seconds=0.45 * seconds,
+        device=device,
+        tick=tick,
+    )
+    bars.reset(bar, description="Distillation: stock and swapped in turns")
+    third = distil.compare(
+        second.size,
+        second.models,
+        steps=20 if quick else 100,
+        seconds=0.15 * seconds,
         device=device,
         tick=tick,
     )
@@ -85,7 +94,7 @@ def measure(seconds: float, quick: bool, threads: int | None, bars: Progress):  
     variants = (encoder.STOCK, encoder.SWAPPED)
     found, reason = memory.peaks(variants, quick, device, threads)
     spent = time.perf_counter() - begin
-    return report.Findings(first, second, found, reason, device, spent)
+    return report.Findings(first, second, third, found, reason, device, spent)
 
 
 def write(found, out: Path) -> list[Path]:
