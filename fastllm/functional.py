@@ -4,6 +4,12 @@ Every function takes `backend=` to force an implementation; without it, the best
 """
 
 from fastllm.ops.activation import geglu, gelu, relu2, silu, swiglu
+from fastllm.ops.attention import (
+    attention_varlen,
+    attention_with_kv_cache,
+    merge_attention,
+    scaled_dot_product_attention,
+)
 from fastllm.ops.embedding import embedding
 from fastllm.ops.grouped import grouped_linear
 from fastllm.ops.linear_distill import linear_distillation_loss
@@ -33,6 +39,8 @@ from fastllm.ops.softmax import log_softmax, softmax
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "attention_varlen",
+    "attention_with_kv_cache",
     "cpo_loss",
     "cross_entropy",
     "distillation_loss",
@@ -52,6 +60,7 @@ __all__ = [
     "linear_distillation_loss",
     "log_softmax",
     "matmul",
+    "merge_attention",
     "moe_permute",
     "moe_route",
     "moe_unpermute",
@@ -60,6 +69,7 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "rotary_embedding_",
+    "scaled_dot_product_attention",
     "sequence_log_probs",
     "silu",
     "simpo_loss",

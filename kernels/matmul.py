@@ -309,6 +309,18 @@ def matmul(
     )[:2]
 
 
+def heuristic(device, m, k, n, dtype, products, plain, tf32):
+    """The config to take untried; plain: no epilogue to speak of."""
+    chip, sms = capability(device), multiprocessors(device)
+    held = 128 if plain and products == 1 else lanes(chip, plain or products == 2)
+    return default_config(m, n, k, dtype, chip, sms, tf32=tf32, products=products, lanes=held)
+
+
+def pick(a, b, products, plain, tf32):
+    """The config of a product; who asks the tuner puts something better here."""
+    return heuristic(a.device, *a.shape, b.shape[1], a.dtype, products, plain, tf32)
+
+
 def gated_matmul(a, b, b2, *, activation="silu", preactivation=False, tf32=False, config=None):
     """(C, pre, pre2): C = activation(A B) * (A B2) in one pass over A.
 
@@ -328,12 +340,9 @@ def _launch(
     pre2 = torch.empty_like(pre) if preactivation and b2 is not None else None
     if not m or not n:
         return c, pre, pre2
-    chip, products = capability(a.device), 1 if b2 is None else 2
     if config is None:
-        sms = multiprocessors(a.device)
         plain = activation is None and residual is None and not preactivation
-        held = 128 if plain and b2 is None else lanes(chip, plain or b2 is not None)
-        config = default_config(m, n, k, dtype, chip, sms, tf32=tf32, products=products, lanes=held)
+        config = pick(a, b, 1 if b2 is None else 2, plain, tf32)
     bias = None if bias is None else bias.contiguous()
     residual = contiguous_rows(residual)
     stride_rm = 0 if residual is None else residual.stride(0)

@@ -8,6 +8,7 @@ import torch
 
 from fastllm import functional as F
 from fastllm import nn as fast
+from fastllm.core.proof import relative_error
 from fastllm.nn.moe import moe_experts
 
 
@@ -127,7 +128,7 @@ def test_module_under_autocast_and_checkpointing():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = module(x)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), module(x), rtol=0.1, atol=0.05)
+    assert relative_error(y.float(), module(x)) < 1e-2  # bfloat16 rounds by 4e-3
     upstream = torch.randn(6, 16)
     (plain,) = torch.autograd.grad(module(x), x, upstream)
     (again,) = torch.autograd.grad(checkpoint(module, x, use_reentrant=False), x, upstream)

@@ -1,6 +1,7 @@
 """The matrix products in Triton, compiled ahead of time: what fits, what spills, what they use."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import multiprocessing
@@ -187,3 +188,27 @@ def test_default_configs_fit_every_chip():
                 config = default_config(m, n, k, dtype, chip, 132, products=products)
                 assert fits(config, chip, dtype, products)
                 assert config.split_k == 1 or config.split_k * config.block_k <= k
+
+
+def test_a_measured_tile_is_taken(monkeypatch):
+    from types import SimpleNamespace
+
+    from fastllm.kernels.tiles import Config
+
+    from fastllm.ops.matmul import triton_tiles
+
+    known = Config(64, 64, 32, 4, 2)
+    asked = []
+
+    def measured(device, *sizes):
+        asked.append(sizes)
+        return dataclasses.asdict(known)
+
+    monkeypatch.setattr(triton_tiles, "TILES", measured)
+    a, b = torch.empty(16, 32), torch.empty(48, 32).t()
+    assert triton_tiles.pick(a, b, 1, True, False) != known and not asked  # nothing to measure on
+    on_gpu = SimpleNamespace(
+        is_cuda=True, device="cuda:0", shape=a.shape, dtype=a.dtype, stride=a.stride
+    )
+    assert triton_tiles.pick(on_gpu, b, 1, True, False) == known
+    assert asked == [(16, 32, 48, True, True, torch.float32, 1, True, False)]

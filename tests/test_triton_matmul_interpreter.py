@@ -210,3 +210,19 @@ def test_batches():
 
     a, b = torch.randn(3, 20, 17), torch.randn(1, 17, 9).expand(3, 17, 9)
     close(batched_matmul(a, b, config=config("tile")), a.double() @ b.double())
+
+
+@inside
+@pytest.mark.parametrize("products, plain", [(1, True), (1, False), (2, False)])
+def test_what_the_tuner_would_measure(products, plain):
+    from fastllm.ops.matmul.triton_tiles import TILES
+
+    sizes = (24, 40, 48, True, False, torch.float32, products, plain, False)
+    a, *rights = TILES.build(torch.device("cpu"), *sizes)[: 1 + products]
+    exact = [a.double() @ b.double() for b in rights]
+    silu, gelu = torch.nn.functional.silu, torch.nn.functional.gelu
+    exact = silu(exact[0]) * exact[1] if products == 2 else exact[0] if plain else gelu(exact[0])
+    found = TILES.candidates("cpu", sizes)
+    assert TILES.default(*sizes) in found.values() and len(found) > 3
+    for chosen in list(found.values())[:3]:
+        close(TILES.run(chosen, a, *rights, plain, False)[0], exact)

@@ -87,8 +87,9 @@ def run(
     op: Op, args: tuple, backend: str | None, backward: bool, upstream: tuple[Tensor, ...] = ()
 ) -> Run:
     """One call forward and, if asked, backward, with random upstream gradients unless given."""
+    backward = backward and bool(op.gradients)
     leaves = [
-        a.detach().requires_grad_(backward and i in op.gradients) if isinstance(a, Tensor) else a
+        a.detach().requires_grad_(backward and wants_grad(op, i, a)) if isinstance(a, Tensor) else a
         for i, a in enumerate(args)
     ]
     out = op(*leaves, backend=backend)
@@ -97,11 +98,16 @@ def run(
     tensors = [o.detach() for o in outputs]
     if backward:
         upstream = upstream or tuple(torch.randn_like(o) for o in outputs)
-        wanted = {i: leaves[i] for i in sorted(op.gradients) if isinstance(leaves[i], Tensor)}
+        wanted = {i: leaves[i] for i in sorted(op.gradients) if wants_grad(op, i, leaves[i])}
         grads = torch.autograd.grad(outputs, list(wanted.values()), upstream)
         names += [f"gradient of argument {i}" for i in wanted]
         tensors += grads
     return Run(names, tensors, upstream)
+
+
+def wants_grad(op: Op, position: int, value: Any) -> bool:
+    """Whether an argument can have a gradient: an attention mask may be boolean."""
+    return position in op.gradients and isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _double(values: Iterable[Any]) -> tuple:

@@ -1,6 +1,7 @@
 """Every op family, one folder each. Importing this package registers them all."""
 
 from fastllm.ops import activation as activation
+from fastllm.ops import attention as attention
 from fastllm.ops import embedding as embedding
 from fastllm.ops import grouped as grouped
 from fastllm.ops import linear_distill as linear_distill

@@ -14,7 +14,7 @@ from fastllm.cli.bench import peers
 from fastllm.core.cases import Case, Cost
 from fastllm.core.measure import Call, Factory, copies, one_line, rotation, size_of
 from fastllm.core.op import Op
-from fastllm.core.proof import prove
+from fastllm.core.proof import prove, wants_grad
 from fastllm.core.subject import Scenario, Subject, Trial
 
 Run = Callable[[], Any]  # one call, its arguments filled in
@@ -26,7 +26,7 @@ QUICK = ("forward", "forward+backward")  # backward is about their difference
 
 def public(op: Op) -> bool:
     """Whether a user can call it; the others are parts of those, and timed with them."""
-    return hasattr(functional, op.name)
+    return op.call is not None or hasattr(functional, op.name)
 
 
 def subject(op: Op) -> Subject:
@@ -103,7 +103,7 @@ class Inputs:
     def __init__(self, op: Op, case: Case, device: str = "cpu", direction: str = "forward") -> None:
         self.op, self.case, self.device, self.direction = op, case, device, direction
         args = case.args(device)
-        self.leaves = [i for i in sorted(op.gradients) if isinstance(args[i], Tensor)]
+        self.leaves = [i for i in sorted(op.gradients) if wants_grad(op, i, args[i])]
         upstream: tuple[Tensor, ...] = ()
         if direction != "forward":
             wanted = set(self.leaves)
@@ -218,6 +218,8 @@ def bound(op: Op, args: tuple) -> Callable[[], Any]:
 
     Keywords go over as keywords; those that have their default value are left out.
     """
+    if op.call is not None:
+        return op.call(*args)
     function = getattr(functional, op.name)
     names = [part.split()[-1].split("=")[0] for part in op.schema.params.split(", ")]
     given = dict(zip(names, args, strict=True))

@@ -1,5 +1,6 @@
 """The matmul family in Triton: fastllm.kernels.matmul, imported by the first call."""
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastllm.core.backend import Backend
+from fastllm.ops.matmul import triton_tiles
 
 Grads = tuple[Tensor | None, ...]
 
@@ -17,11 +19,15 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX = 2**31 - 1  # kernels take sizes in 32 bits
 
 
+@functools.cache
 def _kernels() -> Any:
-    return importlib.import_module("fastllm.kernels.matmul")
+    module = importlib.import_module("fastllm.kernels.matmul")
+    module.pick = triton_tiles.pick  # type: ignore[attr-defined]
+    return module
 
 
 def _backward() -> Any:
+    _kernels()
     return importlib.import_module("fastllm.kernels.matmul_backward")
 
 

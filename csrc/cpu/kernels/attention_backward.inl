@@ -1,0 +1,485 @@
+// The backward pass: each task owns queries, reads all keys that they see, and sums what it adds to
+// the gradients of keys and values in memory of its own; these sums are added in a fixed order.
+
+template <class E>
+struct BackwardPlan {
+  using T = typename E::T;
+  static constexpr int C = E::kCols, kDeep = Traits<E>::kDeep;
+  static constexpr i64 kKeys = 128, kBlock = 4, kStrip = 16;  // keys of a tile; panels
+  static constexpr i64 kTasks = 32;                           // wanted, whatever the threads
+  static constexpr i64 kMostSums = 64 << 20;                  // floats, where there is a choice
+  Call c;
+  Grid grid;
+  i64 keys, tiles;
+  Left<E> k, v;
+  i64 rows;                // of a tile of scores
+  i64 k_panels, v_panels;  // columns of the gradients, C at a time
+  i64 strip, chunks, chunk;  // panels at a time; tasks for a key head; panels of a task
+  int threads;
+  BackwardPlan(const Call& call)
+      : c(call),
+        grid(c, C),
+        keys(most(1, least(kKeys, c.s))),
+        tiles(ceil_div(c.s, keys)),
+        k(keys, c.d, chain_of(c)),
+        v(keys, c.dv, chain_of(c)) {
+    rows = touched(k, keys);
+    k_panels = ceil_div(c.d, C);
+    v_panels = ceil_div(c.dv, C);
+    const i64 panels = grid.panels(), pairs = most(1, c.b * c.g);
+    strip = most(1, least(kStrip, panels));
+    chunks = least(ceil_div(panels, strip), ceil_div(kTasks, pairs));
+    chunks = most(1, least(chunks, kMostSums / most(1, pairs * sums_room())));
+    chunk = ceil_div(ceil_div(panels, strip), chunks) * strip;
+    chunks = most(1, ceil_div(panels, most(1, chunk)));
+    threads = int(most(1, least(c.threads, pairs * most(chunks, tiles))));
+  }
+  i64 tile_sums() const { return rows * C * (k_panels + v_panels); }
+  i64 sums_room() const { return tiles * tile_sums(); }
+  i64 copy_room() const {
+    return most(keys, C) * ceil_div(most(c.d, c.dv) * i64(sizeof(T)), 64) * 16;
+  }
+  i64 right_room() const { return (E::words(c.d) + E::words(c.dv)) * C; }
+  i64 across_room() const { return (k_panels + v_panels) * kDeep * C; }
+  i64 panel_room() const {
+    return i64(sizeof(Panel<C>)) / 4 + 4 * C + right_room() + across_room() +
+           k.turned_rows() * C;
+  }
+  i64 slot_room() const {
+    return strip * panel_room() + k.room() + k.turned_room() + v.room() +
+           2 * kBlock * rows * kDeep + (4 * rows + E::words(c.dv)) * C + copy_room();
+  }
+  // Where each task of a key head has sums of its own, all are kept until they are added.
+  i64 all_sums() const { return chunks > 1 ? c.b * c.g * chunks * sums_room() : 0; }
+  i64 own_sums() const { return chunks > 1 ? 0 : sums_room(); }
+  i64 room() const { return all_sums() + threads * (slot_room() + own_sums()) + 64; }
+};
+
+// The products of two right sides of `words` words, summed over these as the microkernels sum: equal
+// sums cancel exactly in dP - delta.
+template <class E>
+APART void lane_products(const float* a, const float* b, i64 words, i64 chain, float* out) {
+  constexpr int C = E::kCols;
+  for (int v = 0; v < C; v += W) {
+    Vec sum = zero();
+    for (i64 from = 0; from < words; from += chain) {
+      Vec part = zero();
+      for (i64 w = from; w < least(words, from + chain); ++w) {
+        const Vec x = load(a + w * C + v), y = load(b + w * C + v);
+        if constexpr (Traits<E>::kPairs) {
+          const Ints high = (Ints)set1(0.0f).v | int32_t(0xffff0000);
+          part = fma({(Floats)((Ints)x.v << 16)}, {(Floats)((Ints)y.v << 16)}, part);
+          part = fma({(Floats)((Ints)x.v & high)}, {(Floats)((Ints)y.v & high)}, part);
+        } else {
+          part = fma(x, y, part);
+        }
+      }
+      sum = sum + part;
+    }
+    store(out + v, sum);
+  }
+}
+
+// What a panel keeps for the tiles it meets.
+template <int C>
+struct Upstream {
+  // [C]: about the denominator's log2 for each key, so that exponents are small and round little,
+  // +inf where there is none; and the factor that is missing.
+  float *lse, *weight;
+  float *delta, *total;  // [C]: what is subtracted from dP, and the sum of the probabilities
+  float *q, *dout;       // right sides of the products with keys and values
+  float *q_across, *dout_across;  // right sides of the products with probabilities
+  float* dq;
+};
+
+// Scores s (times factor) and dP d of n keys become probabilities and gradients of scores: both as
+// left sides, and the gradients in d as a right side.
+template <class E, bool Whole, class K>
+APART void differentiate(float* s, float* d, i64 n, i64 rows, float factor,
+                         const Upstream<E::kCols>& up, const float* slope, float* plain,
+                         [[maybe_unused]] float* left_p, [[maybe_unused]] float* left_d,
+                         const K& keep) {
+  constexpr int C = E::kCols;
+  constexpr int kDegree = Traits<E>::kDegree;
+  const Vec scale = set1(factor);
+  Vec lse[kVectors], weight[kVectors], delta[kVectors];
+  for (int j = 0; j < kVectors; ++j) {
+    lse[j] = neg(load(up.lse + j * W));
+    weight[j] = load(up.weight + j * W);
+    delta[j] = load(up.delta + j * W);
+  }
+  // probabilities and gradients of one vector
+  const auto both = [&](i64 r, int j, Vec& p, Vec& dx) INLINE_LAMBDA {
+    p = exp2_of<kDegree>(fma(load(s + r * C + j * W), scale, lse[j])) * weight[j];
+    const Vec dp = load(d + r * C + j * W);
+    if constexpr (Whole) {
+      dx = p * (dp - delta[j]);
+    } else {
+      const Vec kept = keep(r, j * W);
+      dx = p * (dp * kept - delta[j]);
+      p = p * kept;
+      if (plain) store(plain + r * C + j * W, dx);
+      if (slope) dx = dx * load(slope + r * C + j * W);
+    }
+  };
+  if constexpr (Traits<E>::kPairs) {
+#if defined(FASTLLM_DOTS)
+    for (i64 r = 0; r < rows; r += 2) {
+      Vec p[2][kVectors], dx[2][kVectors];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) {
+          p[i][j] = dx[i][j] = zero();
+          if (r + i < n) both(r + i, j, p[i][j], dx[i][j]);
+        }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        store(left_p + (r + i) * C / 2, behind(p[i][0], p[i][1]));
+        store(left_d + (r + i) * C / 2, behind(dx[i][0], dx[i][1]));
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j)
+        store(d + r / 2 * C + j * W, join_pairs(dx[0][j], dx[1][j]));
+    }
+#endif
+  } else {
+    for (i64 r = 0; r < n; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        Vec p, dx;
+        both(r, j, p, dx);
+        store(s + r * C + j * W, p);
+        store(d + r * C + j * W, dx);
+      }
+    for (i64 i = n * C; i < rows * C; i += W) {
+      store(s + i, zero());
+      store(d + i, zero());
+    }
+  }
+}
+
+template <class E>
+struct Backward {
+  using T = typename E::T;
+  using Plan = BackwardPlan<E>;
+  static constexpr int C = E::kCols, kDeep = Traits<E>::kDeep;
+  const Gradient& a;
+  const Call& c;
+  const Plan plan;
+
+  // Parts of a slot.
+  struct Room {
+    Panel<C>* panels;
+    float *strip, *k, *k_turned, *v, *left_p, *left_d, *s, *d, *bias, *slope, *out, *sums;
+    T* copy;
+  };
+  Room room(float* at) const {
+    Room r;
+    r.panels = (Panel<C>*)at;
+    at += plan.strip * i64(sizeof(Panel<C>)) / 4;
+    r.strip = at;
+    at += plan.strip * (plan.panel_room() - i64(sizeof(Panel<C>)) / 4);
+    r.k = at;
+    r.k_turned = r.k + plan.k.room();
+    r.v = r.k_turned + plan.k.turned_room();
+    r.left_p = r.v + plan.v.room();
+    r.left_d = r.left_p + Plan::kBlock * plan.rows * kDeep;
+    r.s = r.left_d + Plan::kBlock * plan.rows * kDeep;
+    r.d = r.s + plan.rows * C;
+    r.bias = r.d + plan.rows * C;
+    r.slope = r.bias + plan.rows * C;
+    r.out = r.slope + plan.rows * C;
+    r.copy = (T*)(r.out + E::words(c.dv) * C);
+    r.sums = (float*)r.copy + plan.copy_room();
+    return r;
+  }
+  Upstream<C> upstream(const Room& r, i64 i) const {
+    float* at = r.strip + i * (plan.panel_room() - i64(sizeof(Panel<C>)) / 4);
+    Upstream<C> u;
+    u.lse = at;
+    u.weight = at + C;
+    u.delta = at + 2 * C;
+    u.total = at + 3 * C;
+    u.q = at + 4 * C;
+    u.dout = u.q + E::words(c.d) * C;
+    u.q_across = u.dout + E::words(c.dv) * C;
+    u.dout_across = u.q_across + plan.k_panels * kDeep * C;
+    u.dq = u.dout_across + plan.v_panels * kDeep * C;
+    return u;
+  }
+
+  void pack_rows_of(const Rows& from, const Sequence& q, const Panel<C>& p, i64 width, T* copy,
+                    float* right, float* across) const {
+    with_rows<E>(from, q, p, width, copy, [&](const T* src, i64 step) {
+      E::pack_right(src, step, 1, p.rows, width, E::words(width), right);
+      for (i64 at = 0; at < width; at += C)
+        E::pack_right(src + at, 1, step, least(C, width - at), p.rows, kDeep, across + at * kDeep);
+    });
+  }
+
+  void begin_panel(const Sequence& q, const Room& r, i64 g, i64 index, i64 i) const {
+    Panel<C>& p = r.panels[i];
+    make_panel(c, q, plan.grid, g, index, p);
+    if (p.rows == 0) return;
+    const Upstream<C> u = upstream(r, i);
+    const double worth = exponent_worth(c);
+    for (int l = 0; l < C; ++l) {
+      const float lse = l < p.rows ? *row_at<float>(c.lse, q, p.head[l], p.at[l]) : -kInf;
+      const double bits = lse / worth;
+      u.lse[l] = lse == -kInf ? kInf : float(bits - __builtin_log2(double(p.last[l] - p.first[l] + 1)));
+      u.weight[l] = lse == -kInf ? 1.0f : float(__builtin_exp2(double(u.lse[l]) - bits));
+    }
+    pack_rows_of(c.q, q, p, c.d, r.copy, u.q, u.q_across);
+    pack_rows_of(a.grad_out, q, p, c.dv, r.copy, u.dout, u.dout_across);
+    if (precise()) {
+      for (int l = 0; l < C; ++l) u.delta[l] = u.total[l] = 0.0f;
+    } else {
+      with_rows<E>(c.out, q, p, c.dv, r.copy, [&](const T* src, i64 step) {
+        E::pack_right(src, step, 1, p.rows, c.dv, E::words(c.dv), r.out);
+      });
+      lane_products<E>(r.out, u.dout, E::words(c.dv), plan.v.chain, u.delta);
+    }
+    for (i64 at = 0; at < plan.k.turned_rows() * C; at += W) store(u.dq + at, zero());
+  }
+
+  // Are delta and the denominator summed again over the keys? The output and lse have them, but
+  // rounded. What these gradients are compared with is not, and short rows are soon done.
+  bool precise() const {
+    const bool few = std::is_same_v<T, float> && c.t * c.s <= 2048;
+    return few || c.sinks || c.dropout > 0 || a.dmask;
+  }
+
+  void finish_delta(const Sequence& q, const Panel<C>& p, const Upstream<C>& u) const {
+    const double worth = exponent_worth(c);
+    for (int l = 0; l < C; ++l) {
+      if (l >= p.rows || u.lse[l] == kInf) {
+        u.delta[l] = 0.0f;
+        if (l < p.rows && a.sink.data) *row_at<float>(a.sink, q, p.head[l], p.at[l]) = 0.0f;
+        continue;
+      }
+      double share = 0;
+      if (c.sinks)
+        share = __builtin_exp2(c.sinks[p.head[l]] / worth - double(u.lse[l])) * u.weight[l];
+      if (precise()) {
+        const double total = double(u.total[l]) + share;
+        u.weight[l] = float(u.weight[l] / total);
+        u.delta[l] = float(u.delta[l] / total);
+        share /= total;
+      }
+      if (a.grad_lse.data) u.delta[l] -= *row_at<float>(a.grad_lse, q, p.head[l], p.at[l]);
+      if (a.sink.data)
+        *row_at<float>(a.sink, q, p.head[l], p.at[l]) = -float(share * double(u.delta[l]));
+    }
+  }
+
+  void write_mask(const Sequence& q, const Panel<C>& p, i64 j0, i64 n, const float* dx) const {
+    for (i64 r = 0; r < n; r += W)
+      for (int v = 0; v < p.rows; v += W) {
+        Vec block[W];
+        for (int i = 0; i < W; ++i) block[i] = r + i < n ? load(dx + (r + i) * C + v) : zero();
+        transpose(block);
+        for (int l = 0; l < W && v + l < p.rows; ++l)
+          store(a.dmask + q.b * a.dmask_b + p.head[v + l] * a.dmask_h +
+                    p.at[v + l] * a.dmask_row + j0 + r,
+                block[l], int(least(W, n - r)));
+      }
+  }
+
+  // Scores and dP of one panel and one tile; false: nothing is seen.
+  bool multiply(const Room& r, i64 i, i64 j0, i64 n, float* s, float* d) const {
+    const Panel<C>& p = r.panels[i];
+    if (p.to <= j0 || p.from >= j0 + n) return false;
+    const Seen sight = seen(c, p, j0, n);
+    if (sight == kNoneSeen) return false;
+    const Upstream<C> u = upstream(r, i);
+    scores_of<E>(plan.k, n, r.k, u.q, s);
+    scores_of<E>(plan.v, n, r.v, u.dout, d);
+    shape_tile(c, p, sight, s, r.bias, c.softcap > 0 ? r.slope : nullptr, j0, n);
+    return true;
+  }
+
+  // delta += the probabilities of a tile times dP.
+  void add_delta(const Room& r, i64 i, i64 j0, i64 n) const {
+    if (!multiply(r, i, j0, n, r.s, r.d)) return;
+    const Panel<C>& p = r.panels[i];
+    const Upstream<C> u = upstream(r, i);
+    const Keep keep(c.dropout);
+    const Vec factor = set1(exponent_factor(c));
+    for (int v = 0; v < C; v += W) {
+      const Words key = (Words)load((const float*)p.key + v).v;
+      const Words other = (Words)load((const float*)p.other + v).v;
+      const Vec lse = neg(load(u.lse + v)), weight = load(u.weight + v);
+      Vec sum = zero(), total = zero();
+      for (i64 row = 0; row < n; ++row) {
+        const Vec t = fma(load(r.s + row * C + v), factor, lse);
+        Vec e = exp2_of<Traits<E>::kDegree>(t) * weight;
+        total = total + e;
+        if (c.dropout > 0) e = e * keep(key, other, j0 + row);
+        sum = fma(e, load(r.d + row * C + v), sum);
+      }
+      store(u.delta + v, load(u.delta + v) + sum);
+      store(u.total + v, load(u.total + v) + total);
+    }
+  }
+
+  // Probabilities and gradients of scores of one panel and one tile, and what they add to dq.
+  bool meet(const Sequence& q, const Room& r, i64 i, i64 j0, i64 n, float* left_p,
+            float* left_d) const {
+    const Panel<C>& p = r.panels[i];
+    const Upstream<C> u = upstream(r, i);
+    float *s = Traits<E>::kPairs ? r.s : left_p, *d = Traits<E>::kPairs ? r.d : left_d;
+    if (!multiply(r, i, j0, n, s, d)) return false;
+    const i64 rows = touched(plan.k, n);
+    const bool cap = c.softcap > 0;
+    const float factor = exponent_factor(c);
+    float* plain = a.dmask ? r.bias : nullptr;
+    const float* slope = cap ? r.slope : nullptr;
+    if (c.dropout > 0) {
+      const Keep keep(c.dropout);
+      differentiate<E, false>(s, d, n, rows, factor, u, slope, plain, left_p, left_d,
+                              [&](i64 row, int v) INLINE_LAMBDA {
+                                const Words key = (Words)load((const float*)p.key + v).v;
+                                const Words other = (Words)load((const float*)p.other + v).v;
+                                return keep(key, other, j0 + row);
+                              });
+    } else if (plain || slope) {
+      differentiate<E, false>(s, d, n, rows, factor, u, slope, plain, left_p, left_d,
+                              [](i64, int) INLINE_LAMBDA { return set1(1.0f); });
+    } else {
+      differentiate<E, true>(s, d, n, rows, factor, u, slope, plain, left_p, left_d,
+                             [](i64, int) INLINE_LAMBDA { return set1(1.0f); });
+    }
+    if (a.dmask) write_mask(q, p, j0, n, r.bias);
+    mix_of<E>(plan.k, n, r.k_turned, d, u.dq, true);
+    return true;
+  }
+
+  // sums [column panel][rows][C] += what the panels of a block say of a tile.
+  void add_across(i64 n, int panels, const float* left, const float* const* right, i64 columns,
+                  float* sums) const {
+    const float* b[Plan::kBlock];
+    for (i64 j = 0; j < columns; ++j) {
+      for (int i = 0; i < panels; ++i) b[i] = right[i] + j * kDeep * C;
+      for (i64 k = 0; k < plan.k.panels(n); ++k)
+        Traits<E>::across(plan.k.height, panels, left + k * plan.k.height * kDeep,
+                          plan.rows * kDeep, b, sums + (j * plan.rows + k * plan.k.height) * C);
+    }
+  }
+
+  // Packs what a tile has of keys and values; returns its keys.
+  i64 pack_tile(const Sequence& q, const Room& r, i64 g, i64 j0, bool turned) const {
+    const i64 n = least(plan.keys, q.s - j0);
+    i64 step;
+    const T* k = keys_at<T>(c, c.k, q, g, j0, n, c.d, r.copy, step);
+    plan.k.pack(k, step, n, r.k);
+    if (turned) plan.k.pack_turned(k, step, n, r.k_turned);
+    const T* v = keys_at<T>(c, c.v, q, g, j0, n, c.dv, r.copy, step);
+    plan.v.pack(v, step, n, r.v);
+    return n;
+  }
+
+  void run_strip(const Sequence& q, i64 g, i64 first, i64 count, const Room& r,
+                 float* sums) const {
+    i64 from = q.s, to = 0;
+    for (i64 i = 0; i < count; ++i) {
+      begin_panel(q, r, g, first + i, i);
+      from = least(from, r.panels[i].from);
+      to = most(to, r.panels[i].to);
+    }
+    const i64 start = from / plan.keys * plan.keys;
+    if (precise())
+      for (i64 j0 = start; j0 < to; j0 += plan.keys) {
+        const i64 n = pack_tile(q, r, g, j0, false);
+        for (i64 i = 0; i < count; ++i) add_delta(r, i, j0, n);
+      }
+    for (i64 i = 0; i < count; ++i)
+      if (r.panels[i].rows > 0) finish_delta(q, r.panels[i], upstream(r, i));
+    for (i64 j0 = start; j0 < to; j0 += plan.keys) {
+      const i64 n = pack_tile(q, r, g, j0, true), tile = j0 / plan.keys;
+      float* dk = sums + tile * plan.tile_sums();
+      float* dv = dk + plan.rows * C * plan.k_panels;
+      for (i64 at = 0; at < count; at += Plan::kBlock) {
+        const float *q_right[Plan::kBlock], *dout_right[Plan::kBlock];
+        int met = 0;
+        for (i64 i = at; i < least(count, at + Plan::kBlock); ++i) {
+          const i64 left = met * plan.rows * kDeep;
+          if (!meet(q, r, i, j0, n, r.left_p + left, r.left_d + left)) continue;
+          const Upstream<C> u = upstream(r, i);
+          q_right[met] = u.q_across;
+          dout_right[met++] = u.dout_across;
+        }
+        if (met == 0) continue;
+        add_across(n, met, r.left_p, dout_right, plan.v_panels, dv);
+        add_across(n, met, r.left_d, q_right, plan.k_panels, dk);
+      }
+    }
+    alignas(64) float scale[C];
+    for (int l = 0; l < C; ++l) scale[l] = float(c.scale);
+    for (i64 i = 0; i < count; ++i)
+      if (r.panels[i].rows > 0)
+        write_turned<T>(a.dq, q, r.panels[i], c.d, upstream(r, i).dq, scale, false);
+  }
+
+  // Rows of a tile's gradients: the sums of all tasks in their order, rounded once.
+  void write_keys(const Rows& out, const Sequence& q, i64 g, i64 tile, const float* sums,
+                  i64 columns, i64 width, float factor) const {
+    const i64 j0 = tile * plan.keys, n = least(plan.keys, q.s - j0);
+    const Sequence keys = q.as_keys();
+    for (i64 r = 0; r < n; ++r) {
+      T* to = row_at<T>(out, keys, g, j0 + r);
+      for (i64 j = 0; j < columns; ++j)
+        for (int v = 0; v < C && j * C + v < width; v += W) {
+          const float* at = sums + (j * plan.rows + r) * C + v;
+          Vec sum = load(at);
+          for (i64 i = 1; i < plan.chunks; ++i) sum = sum + load(at + i * plan.sums_room());
+          const i64 left = width - j * C - v;
+          if (left >= W)
+            store(to + j * C + v, sum * set1(factor));
+          else
+            store(to + j * C + v, sum * set1(factor), int(left));
+        }
+    }
+  }
+  void write_tile(const Sequence& q, i64 g, i64 tile, const float* sums) const {
+    if (tile * plan.keys >= q.s) return;
+    write_keys(a.dk, q, g, tile, sums + tile * plan.tile_sums(), plan.k_panels, c.d, float(c.scale));
+    write_keys(a.dv, q, g, tile,
+               sums + tile * plan.tile_sums() + plan.rows * C * plan.k_panels, plan.v_panels, c.dv,
+               1.0f);
+  }
+
+  void run() const {
+    const Scratch scratch(a.room ? 0 : plan.room());
+    float* all = (float*)(((uintptr_t)(a.room ? a.room : scratch.data()) + 63) / 64 * 64);
+    float* slots = all + plan.all_sums();
+    const i64 slot_room = plan.slot_room() + plan.own_sums();
+    deal(c.b * c.g * plan.chunks, plan.threads, [&](i64 slot, i64 item) {
+      [[maybe_unused]] const typename E::Session session;
+      const i64 pair = item / plan.chunks, chunk = plan.chunks - 1 - item % plan.chunks;
+      const Sequence q(c, pair / c.g);
+      const Room r = room(slots + slot * slot_room);
+      float* sums = plan.chunks > 1
+                        ? all + (pair * plan.chunks + chunk) * plan.sums_room()
+                        : r.sums;
+      for (i64 i = 0; i < plan.sums_room(); i += W) store(sums + i, zero());
+      const i64 end = least(plan.grid.panels(), (chunk + 1) * plan.chunk);
+      for (i64 at = chunk * plan.chunk; at < end; at += plan.strip)
+        run_strip(q, pair % c.g, at, least(plan.strip, end - at), r, sums);
+      if (plan.chunks == 1)
+        for (i64 tile = 0; tile < plan.tiles; ++tile) write_tile(q, pair % c.g, tile, sums);
+    });
+    if (plan.chunks == 1) return;
+    deal(c.b * c.g * plan.tiles, plan.threads, [&](i64, i64 item) {
+      const i64 pair = item / plan.tiles;
+      write_tile(Sequence(c, pair / c.g), pair % c.g, item % plan.tiles,
+                 all + pair * plan.chunks * plan.sums_room());
+    });
+  }
+};
+
+template <class E>
+INLINE void run_backward(const Gradient& a) {
+  const Backward<E> work{a, a.call, BackwardPlan<E>(a.call)};
+  work.run();
+}

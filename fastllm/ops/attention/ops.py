@@ -1,0 +1,107 @@
+"""The ops of the family, registered.
+
+`attention` and `attention_lse` are one computation: the first keeps lse for its backward, the
+second gives it to the caller, and takes its gradient. A backend states the second's backward,
+(grad_out, grad_lse or None, *saved, needs); the first's follows from it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fastllm.core.backend import Backend
+from fastllm.core.dispatch import define
+from fastllm.core.op import Op
+from fastllm.ops.attention import cache, cpu, reference, spec, stock, triton
+from fastllm.ops.attention.cases import cases
+
+# kernels by the name of the op: Backend(name, forward, the backward above, supports, available)
+KERNELS: tuple[dict[str, Backend], ...] = (cpu.BACKENDS, triton.BACKENDS)
+
+
+def _without_lse(backend: Backend) -> Backend:
+    """The backend of an op whose lse nobody sees, so that it has no gradient."""
+    both: Callable[..., Any] | None = backend.backward
+    assert both is not None
+
+    def backward(grad_out: Tensor, *rest: Any) -> Any:
+        return both(grad_out, None, *rest)
+
+    return Backend(
+        backend.name, backend.forward, backward, backend.supports, backend.available, backend.fast
+    )
+
+
+def _register(name: str, base: str, **facts: Any) -> Op:
+    visible = name != base
+    kernels = [table[base] for table in KERNELS if base in table]
+    if not visible:
+        kernels = [_without_lse(k) for k in kernels]
+    facts.update(family="attention", schema=spec.SCHEMAS[name], cases=cases(name))
+    facts.update({"outputs": 2} if visible else {"hidden": 1})
+    facts["autocast_composite"] = ("cpu", "cuda")
+    return define(name, (*kernels, stock.BACKENDS[name]), reference, **facts)
+
+
+def _dense(name: str) -> Op:
+    """args: query, key, value, attn_mask, alibi_slopes, sinks, seed, options."""
+    return _register(
+        name,
+        "attention",
+        tensors=(0, 1, 2, 3, 4, 5, 6),
+        saved=lambda args, results: (*args[:7], *results[:2], *args[7:]),
+        saved_tensors=(7, 0, 1, 2, 3, 4, 5, 6, 8),  # first what has the output's shape
+        forward_args=lambda saved: (*saved[:7], *saved[9:]),
+        gradients={0: 0, 1: 1, 2: 2, 3: 3, 5: 4},
+        check=spec.check,
+        fake=spec.fake,
+        fake_backward=spec.fake_backward,
+        cost=spec.cost,
+        key=spec.word,
+    )
+
+
+def _varlen(name: str) -> Op:
+    """args: query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options."""
+    return _register(
+        name,
+        "attention_varlen",
+        tensors=(0, 1, 2, 3, 4, 5, 6, 7),
+        saved=lambda args, results: (*args[:8], *results[:2], *args[8:]),
+        saved_tensors=(8, 0, 1, 2, 3, 4, 5, 6, 7, 9),
+        forward_args=lambda saved: (*saved[:8], *saved[10:]),
+        gradients={0: 0, 1: 1, 2: 2, 6: 3},
+        check=spec.check_varlen,
+        fake=spec.fake,
+        fake_backward=spec.fake_varlen_backward,
+        cost=spec.cost_varlen,
+        key=spec.word_varlen,
+        check_values=True,
+    )
+
+
+attention_op, attention_lse_op = _dense("attention"), _dense("attention_lse")
+attention_varlen_op, attention_varlen_lse_op = (
+    _varlen("attention_varlen"),
+    _varlen("attention_varlen_lse"),
+)
+attention_cache_op = define(
+    "attention_cache",
+    (*[table["attention_cache"] for table in KERNELS if "attention_cache" in table], cache.STOCK),
+    cache,
+    family="attention",
+    schema=cache.SCHEMA,
+    tensors=(0, 1, 2, 3, 4, 5, 6),
+    saved=lambda args, results: args[:1],
+    saved_tensors=(0,),
+    gradients={},
+    outputs=2,
+    check=cache.check,
+    fake=cache.fake,
+    fake_backward=lambda query: (),
+    cost=cache.cost,
+    cases=cases("attention_cache"),
+    key=cache.word,
+    check_values=True,
+)
