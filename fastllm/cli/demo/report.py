@@ -77,8 +77,8 @@ def notes(found: Findings) -> list[str]:
         f"Llama: {llama.parameters / 1e6:.1f} million parameters, {llama.size.tokens} bytes of "
         f"text a step, {len(llama.losses[STOCK])} steps in turns; {llama.report.summary}",
         f"distillation: the trained Llama teaches one of {found.distil.parameters / 1e6:.1f} "
-        f"million parameters, {len(found.distil.losses[STOCK])} steps in turns; stock: F.kl_div and "
-        "F.cross_entropy of both logits; swapped: linear_distillation_loss of the hidden states",
+        f"million parameters, {len(found.distil.losses[STOCK])} steps in turns; stock: F.kl_div "
+        "and F.cross_entropy of both logits; swapped: linear_distillation_loss of the hidden states",
         "ratios are medians of quotients within a turn, quartiles in brackets; most of the time "
         "goes into matrix products, where torch's own code runs wherever it is as fast",
     ]
