@@ -12,6 +12,7 @@ from fastllm.ops.attention import (
 )
 from fastllm.ops.embedding import embedding
 from fastllm.ops.grouped import grouped_linear
+from fastllm.ops.linear_distill import linear_distillation_loss
 from fastllm.ops.linear_loss import linear_cross_entropy, token_log_probs
 from fastllm.ops.loss import cross_entropy, distillation_loss, hidden_state_loss
 from fastllm.ops.matmul import gated_linear, linear, matmul
@@ -56,6 +57,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_distillation_loss",
     "log_softmax",
     "matmul",
     "merge_attention",

@@ -68,13 +68,13 @@ def _row_lse(x_ptr, base, cols, scale, cap, CAPPED: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _soft(probs_ptr, weight_ptr, base, col, mask, keep, spread):
+def _soft(probs_ptr, weight_ptr, base, first, col, mask, keep, spread):
     """weight * (keep * probability + spread): a row's soft targets, without the index's own."""
     soft = tl.where(mask, spread + tl.zeros(col.shape, tl.float32), 0.0)
     if probs_ptr is not None:
         soft += keep * tl.load(probs_ptr + base + col, mask=mask, other=0.0).to(tl.float32)
     if weight_ptr is not None:
-        soft *= tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
+        soft *= tl.load(weight_ptr + first + col, mask=mask, other=0.0).to(tl.float32)
     return soft
 
 
@@ -96,6 +96,8 @@ def _cross_entropy_fwd_kernel(
     share_ptr,
     lse_ptr,
     cols,
+    first,
+    classes,
     ignore,
     smoothing,
     z_loss,
@@ -103,9 +105,11 @@ def _cross_entropy_fwd_kernel(
     cap,
     CAPPED: tl.constexpr,
     SMOOTH: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Each program owns one row: its loss, its share of a mean's divisor, its log-sum-exp.
+    # Each program owns one row: its loss, its share of a mean's divisor, its log-sum-exp. A part of
+    # a row gives minus the sum of soft target * logit instead of a loss.
     row = tl.program_id(0).to(tl.int64)
     base = row * cols
     smoothing = tl.cast(smoothing, tl.float32)
@@ -113,18 +117,20 @@ def _cross_entropy_fwd_kernel(
     largest, total = _row_lse(x_ptr, base, cols, scale, cap, CAPPED, BLOCK)
     log_sum = tl.log(total)
     lse = largest.to(tl.float64) + log_sum.to(tl.float64)
+    if PART:
+        largest, log_sum = 0.0, 0.0
     loss = 0.0
     share = 1.0
     kept = True
     if target_ptr is not None:
         target = tl.load(target_ptr + row)
         kept = target != ignore
-        inside = (target >= 0) & (target < cols)
-        index = tl.where(inside, target, 0)
-        share = _class_weight(weight_ptr, index)
-        own = _logits(tl.load(x_ptr + base + index), scale, cap, CAPPED)
-        loss = (1.0 - smoothing) * share * (log_sum - (own - largest))
-        loss = tl.where(inside, loss, float("nan"))
+        inside = (target >= 0) & (target < classes)
+        share = _class_weight(weight_ptr, tl.where(inside, target, 0))
+        here = (target >= first) & (target < first + cols)
+        own = tl.load(x_ptr + base + tl.where(here, target - first, 0))
+        loss = (1.0 - smoothing) * share * (log_sum - (_logits(own, scale, cap, CAPPED) - largest))
+        loss = tl.where(here, loss, tl.where(inside | (target == ignore), 0.0, float("nan")))
     if SMOOTH:
         dot = tl.zeros([BLOCK], tl.float32)
         for start in range(0, cols, BLOCK):
@@ -132,12 +138,14 @@ def _cross_entropy_fwd_kernel(
             mask = col < cols
             x = tl.load(x_ptr + base + col, mask=mask, other=0.0)
             log_p = (_logits(x, scale, cap, CAPPED) - largest) - log_sum
-            soft = _soft(probs_ptr, weight_ptr, base, col, mask, 1.0 - smoothing, smoothing / cols)
+            spread = smoothing / classes
+            soft = _soft(probs_ptr, weight_ptr, base, first, col, mask, 1.0 - smoothing, spread)
             dot += tl.where(mask, soft * log_p, 0.0)
         loss -= tl.sum(dot, axis=0)
     z = tl.cast(z_loss, tl.float32)
     whole = lse.to(tl.float32)
-    loss += tl.where(z != 0.0, z * whole * whole, 0.0)
+    if not PART:
+        loss += tl.where(z != 0.0, z * whole * whole, 0.0)
     tl.store(loss_ptr + row, tl.where(kept, loss, 0.0))
     tl.store(share_ptr + row, tl.where(kept, share, 0.0))
     tl.store(lse_ptr + row, lse)
@@ -155,6 +163,8 @@ def _cross_entropy_bwd_kernel(
     dx_ptr,
     dprobs_ptr,
     cols,
+    first,
+    classes,
     ignore,
     smoothing,
     z_loss,
@@ -185,11 +195,12 @@ def _cross_entropy_bwd_kernel(
     kept = True
     soft = tl.zeros([BLOCK], tl.float32)
     if SMOOTH:
-        soft = _soft(probs_ptr, weight_ptr, base, col, mask, 1.0 - smoothing, smoothing / cols)
+        spread = smoothing / classes
+        soft = _soft(probs_ptr, weight_ptr, base, first, col, mask, 1.0 - smoothing, spread)
     if target_ptr is not None:
         target = tl.load(target_ptr + row)
         kept = target != ignore
-        inside = (target >= 0) & (target < cols)
+        inside = (target >= 0) & (target < classes)
         hard = (1.0 - smoothing) * _class_weight(weight_ptr, tl.where(inside, target, 0))
         mass += hard
         g = tl.where(inside | (target == ignore), g, float("nan"))
@@ -198,7 +209,7 @@ def _cross_entropy_bwd_kernel(
     less = tl.where(log_p > -0.05, small, p - 1.0)
     d = (mass + z) * p - soft
     if target_ptr is not None:
-        d = tl.where(col == target, mass * less + (mass - hard - soft) + z * p, d)
+        d = tl.where(col + first == target, mass * less + (mass - hard - soft) + z * p, d)
     else:
         d = tl.where(log_p > -0.05, mass * less + (mass - soft) + z * p, d)
     if dx_ptr is not None:
@@ -319,12 +330,14 @@ def _targets(target):
     return (None, target) if target.is_floating_point() else (target, None)
 
 
-def cross_entropy_fwd(x, target, weight, ignore, smoothing, z_loss, cap, scale):
+def cross_entropy_fwd(x, target, weight, ignore, smoothing, z_loss, cap, scale, part=None):
     """(losses, shares of a mean's divisor, both fp32, lse fp64) of contiguous x [rows, cols].
 
-    target holds indices, or probabilities where its dtype is floating; weight may be None.
+    target holds indices, or probabilities where its dtype is floating; weight may be None. With
+    part = (first, classes), x has the columns from `first` on of longer rows: see the kernel.
     """
     rows, cols = x.shape
+    first, classes = part or (0, cols)
     index, probs = _targets(target)
     losses, shares = torch.empty((2, rows), dtype=torch.float32, device=x.device)
     lse = torch.empty((rows,), dtype=torch.float64, device=x.device)
@@ -332,18 +345,24 @@ def cross_entropy_fwd(x, target, weight, ignore, smoothing, z_loss, cap, scale):
     if rows:
         with on(x.device):
             _cross_entropy_fwd_kernel[(rows,)](
-                x, index, probs, weight, losses, shares, lse, cols, ignore, smoothing, z_loss,
-                scale, cap, cap != 0.0, probs is not None or smoothing != 0.0, block,
-                num_warps=warps,
+                x, index, probs, weight, losses, shares, lse, cols, first, classes, ignore,
+                smoothing, z_loss, scale, cap, cap != 0.0, probs is not None or smoothing != 0.0,
+                part is not None, block, num_warps=warps,
             )  # fmt: skip
     return losses, shares, lse
 
 
-def cross_entropy_bwd(x, target, weight, lse, g, dx, dprobs, ignore, smoothing, z_loss, cap, scale):
-    """Fills dx and dprobs, either of them None, from the upstream gradient g [rows] in fp32."""
+def cross_entropy_bwd(
+    x, target, weight, lse, g, dx, dprobs, ignore, smoothing, z_loss, cap, scale, part=None
+):
+    """Fills dx and dprobs, either of them None, from the upstream gradient g [rows] in fp32.
+
+    With `part`, as in cross_entropy_fwd, lse is that of the whole rows.
+    """
     rows, cols = x.shape
     if not rows:
         return
+    first, classes = part or (0, cols)
     index, probs = _targets(target)
     mass = None
     if probs is not None:
@@ -351,13 +370,14 @@ def cross_entropy_bwd(x, target, weight, lse, g, dx, dprobs, ignore, smoothing, 
         soft = soft if weight is None else soft * weight.to(torch.float32)
         mass = soft.sum(-1, dtype=torch.float64)
     elif smoothing:
-        total = torch.full((), float(cols)) if weight is None else weight.to(torch.float32).sum()
-        mass = (total.to(x.device) * (smoothing / cols)).reshape(1)
+        total = torch.full((), float(classes)) if weight is None else weight.to(torch.float32).sum()
+        mass = (total.to(x.device) * (smoothing / classes)).reshape(1)
     block, warps = _block(cols, 2048)
     with on(x.device):
         _cross_entropy_bwd_kernel[(rows, triton.cdiv(cols, block))](
-            x, index, probs, weight, mass, lse, g, dx, dprobs, cols, ignore, smoothing, z_loss,
-            scale, cap, cap != 0.0, probs is not None or smoothing != 0.0, block, num_warps=warps,
+            x, index, probs, weight, mass, lse, g, dx, dprobs, cols, first, classes, ignore,
+            smoothing, z_loss, scale, cap, cap != 0.0, probs is not None or smoothing != 0.0, block,
+            num_warps=warps,
         )  # fmt: skip
 
 
@@ -375,10 +395,13 @@ def distill_fwd(student, teacher, kind, temperature):
     return loss, stats
 
 
-def distill_bwd(student, teacher, stats, g, kind, temperature):
-    """The gradient of the student's logits, from the upstream gradient g [rows] in fp32."""
+def distill_bwd(student, teacher, stats, g, kind, temperature, out=None):
+    """The gradient of the student's logits, from the upstream gradient g [rows] in fp32.
+
+    `out` may be student or teacher: each element is read before it is written.
+    """
     rows, cols = student.shape
-    ds = torch.empty_like(student)
+    ds = torch.empty_like(student) if out is None else out
     block, warps = _block(cols, 2048)
     if rows:
         with on(student.device):

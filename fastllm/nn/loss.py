@@ -1,4 +1,4 @@
-"""CrossEntropyLoss, LinearCrossEntropyLoss, DistillationLoss: torch's modules, and their kin."""
+"""CrossEntropyLoss as torch has it, DistillationLoss, and both of them out of hidden states."""
 
 import torch
 from torch import Tensor
@@ -42,14 +42,24 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         softcap: float = 0.0,
         logit_scale: float = 1.0,
         chunk_bytes: int = 32 << 20,
+        skip_below: float = 0.0,
     ) -> None:
         super().__init__()
         self.ignore_index, self.reduction = ignore_index, reduction
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
-        self.softcap, self.logit_scale, self.chunk_bytes = softcap, logit_scale, chunk_bytes
+        self.softcap, self.logit_scale = softcap, logit_scale
+        self.chunk_bytes, self.skip_below = chunk_bytes, skip_below
 
     def forward(
-        self, input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None
+        self,
+        input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        *,
+        lora_a: Tensor | None = None,
+        lora_b: Tensor | None = None,
+        lora_scale: float = 1.0,
     ) -> Tensor:
         return F.linear_cross_entropy(
             input,
@@ -62,7 +72,11 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             z_loss=self.z_loss,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
+            lora_a=lora_a,
+            lora_b=lora_b,
+            lora_scale=lora_scale,
             chunk_bytes=self.chunk_bytes,
+            skip_below=self.skip_below,
             backend=self.backend,
         )
 
@@ -96,5 +110,57 @@ class DistillationLoss(torch.nn.Module):
             divergence=self.divergence,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            backend=self.backend,
+        )
+
+
+class LinearDistillationLoss(torch.nn.Module):
+    """distillation_loss of two heads without ever holding all logits of either.
+
+    Hidden states, weights (heads' or tied embeddings') and biases are given to forward: the module
+    holds options only. See fastllm.functional.linear_distillation_loss.
+    """
+
+    backend: str | None = None
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        alpha: float = 0.5,
+        divergence: str = "forward_kl",
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        *,
+        chunk_bytes: int = 32 << 20,
+    ) -> None:
+        super().__init__()
+        self.temperature, self.alpha, self.divergence = temperature, alpha, divergence
+        self.ignore_index, self.reduction = ignore_index, reduction
+        self.chunk_bytes = chunk_bytes
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        target: Tensor | None = None,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor:
+        return F.linear_distillation_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            target,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            divergence=self.divergence,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            chunk_bytes=self.chunk_bytes,
             backend=self.backend,
         )

@@ -4,6 +4,7 @@ from fastllm.ops import activation as activation
 from fastllm.ops import attention as attention
 from fastllm.ops import embedding as embedding
 from fastllm.ops import grouped as grouped
+from fastllm.ops import linear_distill as linear_distill
 from fastllm.ops import linear_loss as linear_loss
 from fastllm.ops import loss as loss
 from fastllm.ops import matmul as matmul

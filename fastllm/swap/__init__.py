@@ -15,6 +15,7 @@ blocks.py    what is fused in a module together with its children:
              rewrite.py  residual additions into the norm that follows them
              mlp.py      the activation of a feed-forward block into the products around it
              rotary.py   the rotation of queries and keys
+fused_loss.py  the loss of a causal LM behind labels=, with lazy.py's logits
 verify.py    the proof on the user's own input
 tuning.py    fastllm.tune: what a model really calls, measured
 winners.py   tune=True: replaced modules timed in place, only winners kept
@@ -44,9 +45,10 @@ class _Callable(types.ModuleType):
         backend: str | None = None,
         example_inputs: Any = None,
         tune: bool = False,
+        fused_loss: bool = False,
     ) -> Handle:
         return swap_model(
-            model, include, exclude, verify, backend, example_inputs=example_inputs, tune=tune
+            model, include, exclude, verify, backend, example_inputs, tune, fused_loss
         )
 
 

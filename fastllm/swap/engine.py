@@ -9,6 +9,7 @@ from fastllm.core.errors import UnsupportedError
 from fastllm.core.op import OPS
 from fastllm.core.tuner import table
 from fastllm.swap import classes, rules, tuning, winners
+from fastllm.swap import fused_loss as losses
 from fastllm.swap.blocks import Finder
 from fastllm.swap.handle import Handle
 from fastllm.swap.mlp import MLP
@@ -29,6 +30,7 @@ def swap_model(
     backend: str | None = None,
     example_inputs: Any = None,
     tune: bool = False,
+    fused_loss: bool = False,
 ) -> Handle:
     """Puts fastllm's modules into `model`, in place, in this instance only.
 
@@ -44,6 +46,10 @@ def swap_model(
     tune     tunes the calls that the model makes (fastllm.tune), times every replaced module where
              it stands, and keeps only what wins; the report has the ratios. A GPU, or the CPU,
              has to be otherwise idle for the figures to mean something
+
+    fused_loss  a Hugging Face causal LM given labels= computes its loss from the hidden states and
+             never holds its logits; `logits` are computed when they are looked at, which has to be
+             before the optimizer's step. Everything else of the model's forward is its own
 
     Returns a Handle: report(), restore(), a context manager. Swapping again does nothing. If
     anything is raised on the way, the model is as it was. Raises TypeError or ValueError naming
@@ -69,6 +75,8 @@ def swap_model(
         for module, (path, choice) in plan.items():
             handle.change(path, module, choice.recipe)  # type: ignore[arg-type]
         blocks = _fuse(handle, paths, allowed, barred, backend, rows)
+        if fused_loss:
+            blocks |= _fuse_loss(handle, paths, allowed - barred, backend, rows)
         if proof is not None:
             proof.after(handle, rows, blocks)
         ratio, notes = _tuned(handle, rows, example_inputs) if tune else (None, [])
@@ -129,6 +137,31 @@ def _plan(
             row.new += f" (also {', '.join(others)})" if others else ""
             row.backend, row.error = rules.backend_name(choice, module), choice.error
     return plan, rows
+
+
+def _fuse_loss(
+    handle: Handle,
+    paths: Paths,
+    allowed: set[nn.Module],
+    backend: str | None,
+    rows: list[Row],
+) -> dict[nn.Module, Row]:
+    """Puts the fused loss behind the labels of every causal LM in the model."""
+    done: dict[nn.Module, Row] = {}
+    found = [
+        (path, module, answer)
+        for module, (path, *_) in paths.items()
+        if module in allowed and (answer := losses.find(path, module, backend)) is not None
+    ]
+    if not found:
+        name = type(handle.model).__name__
+        raise ValueError(f"fused_loss: expected a transformers causal LM, found none in {name}")
+    for path, module, (recipe, row) in found:
+        rows.append(row)
+        if recipe is not None:
+            handle.change(path, module, recipe)
+            done[module] = row
+    return done
 
 
 def _fuse(

@@ -6,7 +6,7 @@ from typing import Any
 
 COLUMNS = ("path", "from", "to", "backend", "error", "speed", "why left")
 MODULES = ("norm", "linear", "embedding", "activation")
-BLOCKS = ("residual addition", "MLP", "rotary embedding")
+BLOCKS = ("residual addition", "MLP", "rotary embedding", "loss")
 
 
 @dataclass

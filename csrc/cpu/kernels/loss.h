@@ -13,13 +13,17 @@ enum Reduction : int { kNone, kMean, kSum };
 
 // Cross entropy of contiguous rows of `cols` logits, with class indices (target) or class
 // probabilities (probs, of input's dtype): exactly one of the two is given. Indices are in range.
+// With `part` the rows are one of longer ones, from class `first` on, with index targets: forward
+// then leaves out what takes the whole row's log-sum-exp (see row_loss).
 struct CrossEntropy {
   int dtype;
   const void* input;
   const int64_t* target;
   const void* probs;
-  const float* weight;  // of each class; null: ones
-  int64_t rows, cols, ignore_index;
+  const float* weight;  // of each of the `classes`; null: ones
+  int64_t rows, cols;
+  bool part;
+  int64_t first, classes, ignore_index;
   int reduction;
   float smoothing, z_loss;
   Logits logits;
@@ -28,9 +32,11 @@ struct CrossEntropy {
 
 struct CrossEntropyForward {
   CrossEntropy of;
-  void* loss;        // of input's dtype: rows values, or one
+  void* loss;        // of input's dtype: rows values, or one; null: not wanted
+  double* losses;    // of each row
   double* lse;       // of each row
-  void* grad_input;  // for an upstream gradient of 1 (reductions only); null: not wanted
+  void* grad_input;  // may be input itself; null: not wanted. Not for parts of rows
+  double upstream;   // gradient of the reduced loss that grad_input is for
 };
 
 struct CrossEntropyBackward {

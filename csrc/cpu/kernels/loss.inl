@@ -16,6 +16,17 @@ INLINE bool ignored(const CrossEntropy& a, i64 row) {
   return a.target && a.target[row] == a.ignore_index;
 }
 INLINE double class_weight(const CrossEntropy& a, i64 c) { return a.weight ? a.weight[c] : 1.0; }
+// The column of a row's target; -1: another part has it, or targets are probabilities.
+INLINE i64 own_column(const CrossEntropy& a, i64 row) {
+  if (!a.target) return -1;
+  const i64 t = a.target[row] - a.first;
+  return t >= 0 && t < a.cols ? t : -1;
+}
+// What the target's own class counts, and what each class does.
+INLINE double hard_share(const CrossEntropy& a, i64 row) {
+  return (1.0 - a.smoothing) * class_weight(a, a.target[row]);
+}
+INLINE double spread(const CrossEntropy& a) { return a.smoothing / double(a.classes); }
 
 // What a mean divides by: the weights of the targets, or the rows where targets are probabilities.
 INLINE double mean_divisor(const CrossEntropy& a) {
@@ -28,9 +39,9 @@ INLINE double mean_divisor(const CrossEntropy& a) {
 }
 
 INLINE double weight_sum(const CrossEntropy& a) {
-  if (!a.weight) return double(a.cols);
+  if (!a.weight) return double(a.classes);
   double sum = 0;
-  for (i64 i = 0; i < a.cols; ++i) sum += a.weight[i];
+  for (i64 i = 0; i < a.classes; ++i) sum += a.weight[i];
   return sum;
 }
 
@@ -51,8 +62,8 @@ struct Soft {
 
 template <class T>
 INLINE Soft<T> soft_targets(const CrossEntropy& a, i64 row) {
-  return {a.probs ? static_cast<const T*>(a.probs) + row * a.cols : nullptr, a.weight,
-          1.0f - a.smoothing, float(a.smoothing / double(a.cols))};
+  return {a.probs ? static_cast<const T*>(a.probs) + row * a.cols : nullptr,
+          a.weight ? a.weight + a.first : nullptr, 1.0f - a.smoothing, float(spread(a))};
 }
 
 struct SoftSums {
@@ -96,20 +107,20 @@ APART SoftSums soft_sums(const T* x, i64 n, const Soft<T>& soft, const F& logit,
   return sums;
 }
 
+// The loss of a row. Of a part of one: minus the sum of soft target * logit, so that the parts' sum
+// plus (sum of soft targets) * lse + z_loss * lse^2 is the loss.
 template <class T, class F>
 APART double row_loss(const CrossEntropy& a, i64 row, const F& logit, double* lse_out) {
   const T* x = static_cast<const T*>(a.input) + row * a.cols;
   const Online state = log_sum_exp(x, a.cols, logit);
   const double lse = *lse_out = state.result();
   if (ignored(a, row)) return 0.0;
-  double loss = double(a.z_loss) * lse * lse;
-  if (!a.z_loss) loss = 0.0;  // 0 * inf is NaN
-  if (a.target) {
-    const i64 t = a.target[row];
-    loss += (1.0 - a.smoothing) * class_weight(a, t) * (lse - logit.at(element(x + t)));
-  }
+  const double base = a.part ? 0.0 : lse;
+  double loss = a.z_loss ? double(a.z_loss) * base * base : 0.0;  // 0 * inf is NaN
+  const i64 t = own_column(a, row);
+  if (t >= 0) loss += hard_share(a, row) * (base - logit.at(element(x + t)));
   if (!a.target || a.smoothing)
-    loss -= soft_sums(x, a.cols, soft_targets<T>(a, row), logit, lse).dot;
+    loss -= soft_sums(x, a.cols, soft_targets<T>(a, row), logit, base).dot;
   return loss;
 }
 
@@ -147,20 +158,20 @@ APART void row_backward(const CrossEntropyBackward& b, i64 row, RowShares r, con
   const Soft<T> soft = soft_targets<T>(a, row);
   double mass, hard = 0;
   if (a.target) {
-    hard = (1.0 - a.smoothing) * class_weight(a, a.target[row]);
-    mass = hard + a.smoothing / double(n) * r.weight_sum;
+    hard = hard_share(a, row);
+    mass = hard + spread(a) * r.weight_sum;
   } else {
     mass = soft_sums(x, n, soft, logit, lse).weight;
   }
   const double z = a.z_loss ? 2.0 * a.z_loss * lse : 0.0;
   // before the row is written: dx may be x
-  const i64 t = a.target ? a.target[row] : 0;
-  const double raw = element(x + t), log_p = logit.at(raw) - lse;
+  const i64 t = own_column(a, row);
+  const double raw = element(x + most(t, 0)), log_p = logit.at(raw) - lse;
   row_gradient<Stream>(x, dx, n, soft, !a.target || a.smoothing != 0.0f, float(r.g),
                        float(r.g * (mass + z)), logit, lse);
-  if (!a.target) return;
+  if (t < 0) return;
   // The true class again, without the cancellation of p - 1 as p -> 1.
-  const double own = hard + a.smoothing / double(n) * class_weight(a, t);
+  const double own = hard + spread(a) * class_weight(a, a.target[row]);
   const double d = mass * __builtin_expm1(log_p) + (mass - own) + z * __builtin_exp(log_p);
   set_element(dx + t, r.g * d * logit.slope_at(raw));
 }
@@ -201,8 +212,7 @@ APART double row_both(const CrossEntropyForward& f, i64 row, RowShares r, float*
   float bases[kKept / kSpan];
   const Online state = online_kept(x, n, kept, bases);
   const double lse = f.lse[row] = state.result();
-  const double hard = (1.0 - a.smoothing) * class_weight(a, t), spread = a.smoothing / double(n);
-  const double mass = hard + spread * r.weight_sum;
+  const double hard = hard_share(a, row), mass = hard + spread(a) * r.weight_sum;
   const double z = a.z_loss ? 2.0 * a.z_loss * lse : 0.0, log_p = element(x + t) - lse;
   const Soft<T> soft = soft_targets<T>(a, row);
   const Vec g = set1(float(r.g));
@@ -215,7 +225,7 @@ APART double row_both(const CrossEntropyForward& f, i64 row, RowShares r, float*
       put<Stream>(dx + at + i, out, lanes);
     });
   }
-  const double own = hard + spread * class_weight(a, t);
+  const double own = hard + spread(a) * class_weight(a, t);
   set_element(dx + t, r.g * (mass * __builtin_expm1(log_p) + (mass - own) +
                              z * __builtin_exp(log_p)));
   double loss = -hard * log_p + (a.z_loss ? double(a.z_loss) * lse * lse : 0.0);
@@ -237,14 +247,13 @@ INLINE double row_forward(const CrossEntropyForward& f, i64 row, RowShares r, co
 
 void cross_entropy_fwd(const CrossEntropyForward& f) {
   const CrossEntropy& a = f.of;
-  const Scratch scratch(2 * a.rows);
-  double* losses = reinterpret_cast<double*>(scratch.data());
+  double* const losses = f.losses;
   const double divisor = mean_divisor(a);
-  const RowShares r = {1.0 / divisor, a.smoothing && f.grad_input ? weight_sum(a) : 0.0};
+  const RowShares r = {f.upstream / divisor, a.smoothing && f.grad_input ? weight_sum(a) : 0.0};
   with_type(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const i64 row_bytes = a.cols * i64(sizeof(T)), bytes = a.rows * row_bytes;
-    const bool stream = streams(f.grad_input, row_bytes, a.rows);
+    const bool stream = f.grad_input != a.input && streams(f.grad_input, row_bytes, a.rows);
     const int threads = useful_threads(bytes, a.threads);
     const i64 step = share(a.rows, bytes, threads);
     with_logits(a.logits, [&](auto logit) {
@@ -259,6 +268,7 @@ void cross_entropy_fwd(const CrossEntropyForward& f) {
       });
     });
     T* out = static_cast<T*>(f.loss);
+    if (!out) return;
     if (a.reduction == kNone) {
       for (i64 row = 0; row < a.rows; ++row) set_element(out + row, losses[row]);
       return;

@@ -1,4 +1,4 @@
-"""`fastllm demo`: a real encoder and a small Llama, stock against swapped, measured."""
+"""`fastllm demo`: a real encoder and a small Llama that teaches a smaller one, measured."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ _SECONDS, _QUICK_SECONDS = 80.0, 12.0
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures both halves, shows the figures, writes the report where --out says."""
+    """Measures all parts, shows the figures, writes the report where --out says."""
     missing = [package for module, package in _EXTRA.items() if find_spec(module) is None]
     if missing:
         raise CliError(f'{missing[0]} is missing: pip install "fastllm-kernels[demo]"')
@@ -56,8 +56,8 @@ def _show(found) -> None:
 
 
 def measure(seconds: float, quick: bool, threads: int | None, bars: Progress):  # -> Findings
-    """Runs the halves one after the other, each in its share of `seconds`."""
-    from fastllm.cli.demo import encoder, lean, llama, memory, report
+    """Runs the parts one after the other, each in its share of `seconds`."""
+    from fastllm.cli.demo import distil, encoder, lean, llama, memory, report
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.perf_counter()
@@ -69,7 +69,7 @@ def measure(seconds: float, quick: bool, threads: int | None, bars: Progress):  
     first = encoder.compare(
         count=64 if quick else 256,
         batch=16 if quick else 32,
-        seconds=0.4 * seconds,
+        seconds=0.3 * seconds,
         device=device,
         tick=tick,
     )
@@ -77,18 +77,27 @@ def measure(seconds: float, quick: bool, threads: int | None, bars: Progress):  
     second = llama.compare(
         size=llama.QUICK if quick else llama.Size(),
         steps=30 if quick else 150,
-        seconds=0.6 * seconds,
+        seconds=0.4 * seconds,
+        device=device,
+        tick=tick,
+    )
+    bars.reset(bar, description="Distillation: stock and swapped in turns")
+    third = distil.compare(
+        second.size,
+        second.models,
+        steps=20 if quick else 100,
+        seconds=0.15 * seconds,
         device=device,
         tick=tick,
     )
     bars.reset(bar, description="Llama: float32 and lean training in turns")
     steps = 20 if quick else 60
-    third = lean.compare(steps=steps, seconds=0.2 * seconds, device=device, tick=tick)
+    fourth = lean.compare(steps=steps, seconds=0.15 * seconds, device=device, tick=tick)
     bars.reset(bar, description="Llama: memory of each alone")
     variants = (encoder.STOCK, encoder.SWAPPED)
     found, reason = memory.peaks(variants, quick, device, threads)
     spent = time.perf_counter() - begin
-    return report.Findings(first, second, found, reason, device, spent, third)
+    return report.Findings(first, second, third, found, reason, device, spent, fourth)
 
 
 def write(found, out: Path) -> list[Path]:

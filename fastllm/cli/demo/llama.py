@@ -39,7 +39,7 @@ QUICK = Size(hidden=128, layers=2, heads=4, key_heads=2, intermediate=352, lengt
 
 @dataclass(frozen=True)
 class LlamaResult:
-    """Losses by step, tokens/s by timed step, ratios, what was swapped."""
+    """Losses by step, tokens/s by timed step, ratios, what was swapped, the trained models."""
 
     size: Size
     parameters: int
@@ -48,6 +48,7 @@ class LlamaResult:
     speed: dict[str, float]
     speedup: Ratio
     report: Any
+    models: dict[str, Any]
 
 
 class Trainer:
@@ -115,6 +116,7 @@ def compare(
         speed={name: size.tokens / found.seconds(name) for name in samples},
         speedup=found.speedup(SWAPPED, over=STOCK),
         report=trainers[SWAPPED].report,
+        models={name: t.model for name, t in trainers.items()},
     )
 
 

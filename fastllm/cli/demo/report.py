@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fastllm.cli.console import table
 from fastllm.cli.demo import lean
+from fastllm.cli.demo.distil import DistilResult
 from fastllm.cli.demo.encoder import STOCK, SWAPPED, EncoderResult
 from fastllm.cli.demo.llama import LlamaResult
 from fastllm.cli.demo.memory import Memory
@@ -24,6 +25,7 @@ class Findings:
 
     encoder: EncoderResult
     llama: LlamaResult
+    distil: DistilResult
     memory: dict[str, Memory]
     no_memory: str | None
     device: str
@@ -44,12 +46,15 @@ def rows(found: Findings) -> list[tuple[str, str, str, str]]:
     encoder, llama = found.encoder, found.llama
     cosines = encoder.cosines
     mean = sum(cosines) / len(cosines)
-    last = [sum(llama.losses[n][-5:]) / len(llama.losses[n][-5:]) for n in (STOCK, SWAPPED)]
+    distil = found.distil
+    last, taught = _last(llama.losses), _last(distil.losses)
     made = [
         ("encoder, sentences/s", *_pair(encoder.speed, "{:.0f}"), _ratio(encoder.speedup)),
         ("encoder, cosine mean / min", "", f"{mean:.7f} / {min(cosines):.7f}", ""),
         ("Llama, training tokens/s", *_pair(llama.speed, "{:.0f}"), _ratio(llama.speedup)),
         ("Llama, loss (last 5 steps)", f"{last[0]:.4f}", f"{last[1]:.4f}", ""),
+        ("distillation, tokens/s", *_pair(distil.speed, "{:.0f}"), _ratio(distil.speedup)),
+        ("distillation, loss (last 5 steps)", f"{taught[0]:.4f}", f"{taught[1]:.4f}", ""),
     ]
     if found.memory:
         peak = {name: m.peak / 2**20 for name, m in found.memory.items()}
@@ -57,6 +62,11 @@ def rows(found: Findings) -> list[tuple[str, str, str, str]]:
         added = {name: (m.peak - m.before) / 2**20 for name, m in found.memory.items()}
         made.append(("  of it, added by training", *_pair(added, "{:.0f}"), _quotient(added)))
     return made + (lean.rows(found.training) if found.training else [])
+
+
+def _last(losses: dict[str, list[float]]) -> list[float]:
+    """Means over the last five steps."""
+    return [sum(losses[n][-5:]) / len(losses[n][-5:]) for n in (STOCK, SWAPPED)]
 
 
 def notes(found: Findings) -> list[str]:
@@ -68,6 +78,9 @@ def notes(found: Findings) -> list[str]:
         f"{encoder.passes} passes in turns; {encoder.report.summary}; restore() {back}",
         f"Llama: {llama.parameters / 1e6:.1f} million parameters, {llama.size.tokens} bytes of "
         f"text a step, {len(llama.losses[STOCK])} steps in turns; {llama.report.summary}",
+        f"distillation: the trained Llama teaches one of {found.distil.parameters / 1e6:.1f} "
+        f"million parameters, {len(found.distil.losses[STOCK])} steps in turns; stock: F.kl_div "
+        "and F.cross_entropy of both logits; swapped: linear_distillation_loss of hidden states",
         "ratios are medians of quotients within a turn, quartiles in brackets; most of the time "
         "goes into matrix products, where torch's own code runs wherever it is as fast",
     ]

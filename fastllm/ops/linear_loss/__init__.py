@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastllm.core.backend import Backend
 from fastllm.core.dispatch import define
-from fastllm.ops.linear_loss import chunked, reference, spec
+from fastllm.ops.linear_loss import chunked, parallel, reference, spec
 from fastllm.ops.linear_loss.cases import cases
 from fastllm.ops.loss import stock
 
@@ -19,12 +19,16 @@ def _stock(
     target: Tensor,
     bias: Tensor | None,
     class_weight: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
     *options: Any,
 ) -> Tensor:
     """F.linear and F.cross_entropy."""
     logits = F.linear(input, weight, bias)
-    loss: Any = stock.cross_entropy
-    return loss(logits, target, class_weight, *options[:6], False, False)
+    if low is not None and up is not None:
+        logits = logits + F.linear(low, up)
+    loss = stock.cross_entropy(logits, target, class_weight, *options[:6])
+    return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
 
 def _serves(input: Tensor, *_: Any) -> None:
@@ -37,11 +41,11 @@ linear_cross_entropy_op = define(
     reference,
     family="loss",
     schema=spec.SCHEMA,
-    tensors=(0, 1, 2, 3, 4),
-    saved=lambda args, out: (*args[:5], out[1], out[2] if len(out) > 2 else None, *args[5:]),
-    saved_tensors=(0, 1, 2, 3, 4, 5),
-    forward_args=lambda saved: (*saved[:5], *saved[7:]),
-    gradients={0: 0, 1: 1, 3: 2},
+    tensors=(0, 1, 2, 3, 4, 5, 6),
+    saved=lambda args, out: (*args[:7], out[1], out[2] if len(out) > 2 else None, *args[7:]),
+    saved_tensors=(0, 1, 2, 3, 4, 5, 6, 7),
+    forward_args=lambda saved: (*saved[:7], *saved[9:]),
+    gradients={0: 0, 1: 1, 3: 2, 5: 3, 6: 4},
     check=spec.check,
     fake=spec.fake,
     fake_backward=spec.fake_backward,
@@ -65,54 +69,80 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
     chunk_bytes: int = 32 << 20,
+    skip_below: float = 0.0,
+    dtype: torch.dtype | None = None,
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:
     """cross_entropy(linear(input, weight, bias), target) with at most chunk_bytes of logits.
 
-    Exact: every logit is computed, a chunk of tokens at a time. A tied embedding is a weight like
-    any other.
+    A tied embedding is a weight like any other.
 
-    input         [..., H]; weight [C, H] and bias [C] or None, of input's dtype
-    target        [...] class indices, int64
-    class_weight  [C] or None; it and the other options as in `cross_entropy`
-    chunk_bytes   bound on the logits that exist at once (never less than one token's); beyond it
-                  there are the gradients, that of the weight in float32
+    input          [..., H]; weight [C, H] and bias [C] or None, of input's dtype
+    target         [...] class indices, int64
+    class_weight   [C] or None; it and the other options as in `cross_entropy`
+    lora_a, lora_b [r, H] and [C, r]: the weight is weight + lora_scale * lora_b @ lora_a (Hu et al.
+                   2021), which is never formed; both get gradients, weight does if it wants them
+    chunk_bytes    bound on the logits that exist at once (never less than those of one token, or of
+                   256 classes of it); beyond it there are the gradients, in float32 where several
+                   steps add to one
+    skip_below     0: exact. Else backward leaves out classes, a block at a time, where no token has
+                   its target, or this much probability in all: the gradient of a token's logits is
+                   then off by less than skip_below (sum of absolute values) for each block left
+                   out. The loss stays exact; with label_smoothing, nothing is left out
+    dtype          of the loss; None: input's (float32 under autocast)
+    process_group  weight, bias and lora_b are this process' shard of the classes, in the order of
+                   ranks; input and target are the same in every process, class_weight is of all
+                   classes. Every process gets the loss, and the whole gradient of input
 
-    Returns the loss in input's dtype (float32 under autocast), reduced or of target's shape. Raises
-    ValueError or TypeError for arguments that do not fit, IndexError for a class out of range on
-    the CPU.
+    Returns the loss, reduced or of target's shape. Raises ValueError or TypeError for arguments
+    that do not fit, IndexError for a class out of range on the CPU.
     """
     spec.require_float("input", input)
     spec.require_float("weight", weight)
+    tensors: list[Any] = [input, weight, bias, lora_a, lora_b]
     device = input.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         kind = torch.get_autocast_dtype(device)
-        cast: list[Any] = [t if t is None else t.to(kind) for t in (input, weight, bias)]
+        cast: list[Any] = [t if t is None else t.to(kind) for t in tensors]
         with torch.autocast(device, enabled=False):
-            loss = linear_cross_entropy(
+            return linear_cross_entropy(
                 cast[0], cast[1], target, cast[2], class_weight=class_weight,
                 ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-                z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, chunk_bytes=chunk_bytes,
+                z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, lora_a=cast[3],
+                lora_b=cast[4], lora_scale=lora_scale, chunk_bytes=chunk_bytes,
+                skip_below=skip_below, dtype=dtype or torch.float32, process_group=process_group,
                 backend=backend,
             )  # fmt: skip
-        return loss.float()
     if isinstance(target, Tensor) and target.shape != input.shape[:-1]:
         raise ValueError(
             f"target: expected shape {list(input.shape[:-1])}, found {list(target.shape)}"
         )
+    x = input.reshape(-1, input.shape[-1])
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("lora_a and lora_b: expected both or neither")
+    low = None if lora_a is None else F.linear(x, lora_a) * lora_scale
     save_gradient = (
         reduction != "none"
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and any(t is not None and t.requires_grad for t in (input, weight, bias))
+        and any(t is not None and t.requires_grad for t in tensors)
     )
     flat = target.reshape(-1) if isinstance(target, Tensor) else target
-    loss = linear_cross_entropy_op(
-        input.reshape(-1, input.shape[-1]), weight, flat, bias, class_weight, ignore_index,
-        reduction, float(label_smoothing), float(z_loss), float(softcap), float(logit_scale),
-        int(chunk_bytes), save_gradient, backend=backend,
+    args = (
+        x, weight, flat, bias, class_weight, low, lora_b, ignore_index, reduction,
+        float(label_smoothing), float(z_loss), float(softcap), float(logit_scale),
+        int(chunk_bytes), float(skip_below), save_gradient,
     )  # fmt: skip
+    if process_group is None:
+        loss = linear_cross_entropy_op(*args, backend=backend)
+    else:
+        loss = parallel.linear_cross_entropy(process_group, backend, *args)
+    loss = loss.to(dtype or input.dtype)
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 

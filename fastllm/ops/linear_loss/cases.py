@@ -19,7 +19,7 @@ def cases() -> tuple[Case, ...]:
 
 def _cases() -> Iterator[Case]:
     for dtype in (FP32, BF16):
-        yield _case((512, 256, 8000), dtype, "mean", False, {"bench"}, 4 << 20)
+        yield _case((2048, 512, 32000), dtype, "mean", False, {"bench"}, 32 << 20)
     for dtype in (FP32, BF16):  # the first of each dtype has every argument
         yield _case((9, 8, 130), dtype, "all", True, {"quick"})
     flags = itertools.cycle((True, False))
@@ -48,7 +48,9 @@ def _case(
             target[1] = OPTIONS[option][0]
         bias = torch.randn(classes, generator=generator).to(dtype) if full else None
         weight = torch.rand(classes, generator=generator).to(dtype) if full else None
-        return (x, w, target, bias, weight, *OPTIONS[option][:6], chunk, False)
+        low = torch.randn((rows, 3), generator=generator).to(dtype) if full else None
+        up = (torch.randn((classes, 3), generator=generator) / 4).to(dtype) if full else None
+        return (x, w, target, bias, weight, low, up, *OPTIONS[option][:6], chunk, 0.0, False)
 
     name = f"{'x'.join(map(str, shape))}-{NAMES[dtype]}-{option}" + "-full" * full
     return Case(name, dtype, build, frozenset(tags))

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastllm import _C
 from fastllm.core.backend import Backend
 from fastllm.core.memory import empty_like
-from fastllm.ops.loss.spec import DIVERGENCES
+from fastllm.ops.loss.spec import DIVERGENCES, Options
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -27,38 +27,20 @@ def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
 
 
 def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    inplace_backward: bool,
-    save_gradient: bool,
-) -> tuple[Tensor, Tensor]:
+    input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+) -> tuple[Any, ...]:
     """(loss, lse); target holds indices or, of input's dtype, probabilities.
 
     With save_gradient a list follows that holds the gradient for an upstream gradient of 1.
     """
+    o = Options(*options)
     x, target = input.contiguous(), target.contiguous()
-    rows, cols = x.shape
-    soft = target.is_floating_point()
-    if not soft:
-        check_range(target, cols, ignore_index)
-    w = _weight(weight)
-    loss = x.new_empty((rows,) if reduction == "none" else ())
-    lse = torch.empty((rows,), dtype=torch.float64)
-    dx = empty_like(x) if save_gradient and reduction != "none" else None
-    _C.cross_entropy_fwd(
-        CODES[x.dtype], x.data_ptr(), 0 if soft else target.data_ptr(),
-        target.data_ptr() if soft else 0, _ptr(w), loss.data_ptr(), lse.data_ptr(),
-        _ptr(dx), rows, cols, ignore_index, _REDUCTIONS[reduction], label_smoothing, z_loss,
-        logit_scale, softcap, _threads(),
-    )  # fmt: skip
-    return (loss, lse) if dx is None else (loss, lse, [dx])  # type: ignore[return-value]
+    if not target.is_floating_point():
+        check_range(target, x.shape[1], o.ignore_index)
+    loss = x.new_empty((x.shape[0],) if o.reduction == "none" else ())
+    dx = empty_like(x) if o.save_gradient and o.reduction != "none" else None
+    _, lse = _forward(x, target, prepared(weight), o, loss, dx)
+    return (loss, lse) if dx is None else (loss, lse, [dx])
 
 
 def cross_entropy_backward(
@@ -68,39 +50,116 @@ def cross_entropy_backward(
     weight: Tensor | None,
     lse: Tensor,
     gradient: list[Tensor] | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    inplace_backward: bool,
-    save_gradient: bool,
-    needs: tuple[bool, ...],
+    *rest: Any,
 ) -> tuple[Tensor | None, ...]:
     """The gradient of input, in input's own memory if asked, and of probability targets."""
+    o, needs = Options(*rest[:-1]), rest[-1]
     if gradient:  # the first backward pass takes the one that forward made; others compute it
         made = gradient.pop()
         if needs == (True,) or not needs[1]:
             upstream = grad_loss.item()
             return (made if upstream == 1.0 else made.mul_(upstream), None)[: len(needs)]
     x, target = input.contiguous(), target.contiguous()
-    rows, cols = x.shape
     soft = target.is_floating_point()
-    g, w = grad_loss.to(torch.float32).contiguous(), _weight(weight)
-    inplace = inplace_backward and x is input
+    inplace = o.inplace_backward and x is input
     dx = (input if inplace else empty_like(x)) if needs[0] else None
     dq = empty_like(target) if soft and needs[1] else None
-    _C.cross_entropy_bwd(
-        CODES[x.dtype], x.data_ptr(), 0 if soft else target.data_ptr(),
-        target.data_ptr() if soft else 0, _ptr(w), lse.data_ptr(), g.data_ptr(), _ptr(dx),
-        _ptr(dq), rows, cols, ignore_index, _REDUCTIONS[reduction], label_smoothing, z_loss,
-        logit_scale, softcap, _threads(),
-    )  # fmt: skip
+    _backward(grad_loss.to(torch.float32), x, target, prepared(weight), lse, o, dx, dq)
     if inplace and dx is not None:
         torch.autograd.graph.increment_version(input)
         dx = input.detach()
     return (dx, dq) if soft else (dx,)
+
+
+# ---- for heads that are computed in parts: indices are in range, logits and targets contiguous
+
+
+def prepared(weight: Tensor | None) -> Tensor | None:
+    """Class weights as the kernels read them."""
+    return None if weight is None else weight.detach().to(torch.float32).contiguous()
+
+
+def part_forward(
+    logits: Tensor, target: Tensor, weight: Tensor | None, o: Options, first: int, classes: int
+) -> tuple[Tensor, Tensor]:
+    """(losses, lse), float64, of the rows' classes from `first` on; see CrossEntropy in loss.h."""
+    return _forward(logits, target, weight, o, None, None, (first, classes))
+
+
+def part_backward(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    o: Options,
+    first: int,
+    classes: int,
+) -> None:
+    """Replaces the logits by their gradient; grad is float32 [rows], lse that of whole rows."""
+    _backward(grad, logits, target, weight, lse, o, logits, None, (first, classes))
+
+
+def both_in_place(
+    logits: Tensor, target: Tensor, weight: Tensor | None, o: Options, upstream: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(losses, lse); whole rows of logits are replaced by their gradient, all with `upstream`."""
+    o = o._replace(reduction="sum")
+    return _forward(logits, target, weight, o, None, logits, upstream=upstream.item())
+
+
+def _forward(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    o: Options,
+    loss: Tensor | None,
+    dx: Tensor | None,
+    part: tuple[int, int] | None = None,
+    upstream: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    losses = torch.empty(x.shape[:1], dtype=torch.float64)
+    lse = torch.empty_like(losses)
+    _C.cross_entropy_fwd(
+        *_rows(x, target, weight), _ptr(loss), losses.data_ptr(), lse.data_ptr(), _ptr(dx),
+        upstream, *x.shape, part is not None, *(part or (0, x.shape[1])), *_settings(o),
+    )  # fmt: skip
+    return losses, lse
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    o: Options,
+    dx: Tensor | None,
+    dq: Tensor | None,
+    part: tuple[int, int] | None = None,
+) -> None:
+    g = grad.contiguous()
+    _C.cross_entropy_bwd(
+        *_rows(x, target, weight), lse.data_ptr(), g.data_ptr(), _ptr(dx), _ptr(dq), *x.shape,
+        part is not None, *(part or (0, x.shape[1])), *_settings(o),
+    )  # fmt: skip
+
+
+def _rows(x: Tensor, target: Tensor, weight: Tensor | None) -> tuple:
+    at = target.data_ptr()
+    index, probs = (0, at) if target.is_floating_point() else (at, 0)
+    return CODES[x.dtype], x.data_ptr(), index, probs, _ptr(weight)
+
+
+def _settings(o: Options) -> tuple:
+    return o.ignore_index, _REDUCTIONS[o.reduction], *o[2:6], _threads()
+
+
+def _ptr(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+# ---- divergences
 
 
 def divergence(
@@ -108,11 +167,10 @@ def divergence(
 ) -> tuple[Tensor, Tensor]:
     """(loss in float32, stats)."""
     s, t = student.contiguous(), teacher.contiguous()
-    rows, cols = s.shape
-    loss = torch.empty((rows,), dtype=torch.float32)
-    stats = torch.empty((rows, 3), dtype=torch.float64)
+    loss = torch.empty(s.shape[:1], dtype=torch.float32)
+    stats = torch.empty((s.shape[0], 3), dtype=torch.float64)
     _C.distill_fwd(
-        CODES[s.dtype], s.data_ptr(), t.data_ptr(), loss.data_ptr(), stats.data_ptr(), rows, cols,
+        CODES[s.dtype], s.data_ptr(), t.data_ptr(), loss.data_ptr(), stats.data_ptr(), *s.shape,
         1.0 / temperature, _DIVERGENCES[divergence], _threads(),
     )  # fmt: skip
     return loss, stats
@@ -126,24 +184,16 @@ def divergence_backward(
     divergence: str,
     temperature: float,
     needs: tuple[bool, ...],
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradient of the student's logits."""
+    """The gradient of the student's logits; in `out`, which may be student or teacher."""
     s, t = student.contiguous(), teacher.contiguous()
-    rows, cols = s.shape
-    g, ds = grad_loss.to(torch.float32).contiguous(), empty_like(s)
+    g, ds = grad_loss.to(torch.float32).contiguous(), empty_like(s) if out is None else out
     _C.distill_bwd(
         CODES[s.dtype], s.data_ptr(), t.data_ptr(), stats.data_ptr(), g.data_ptr(), ds.data_ptr(),
-        rows, cols, 1.0 / temperature, _DIVERGENCES[divergence], _threads(),
+        *s.shape, 1.0 / temperature, _DIVERGENCES[divergence], _threads(),
     )  # fmt: skip
     return (ds,)
-
-
-def _weight(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight.detach().to(torch.float32).contiguous()
-
-
-def _ptr(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 # ---- what is served

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllm.ops.loss.spec import Options
+
 
 def logits_of(input: Tensor, softcap: float, logit_scale: float) -> Tensor:
     """softcap * tanh(logit_scale * x / softcap), or logit_scale * x; at least float32."""
@@ -23,65 +25,51 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    inplace_backward: bool,
-    save_gradient: bool,
+    input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     """loss = -(1 - e) w_t log p_t - e / C sum_j w_j log p_j + z lse^2; 0 where ignored."""
-    s = logits_of(input, softcap, logit_scale)
-    lse = s.logsumexp(-1)
-    kept = target != ignore_index
+    o = Options(*options)
+    s = logits_of(input, o.softcap, o.logit_scale)
+    kept = target != o.ignore_index
     index = torch.where(kept, target, 0).unsqueeze(-1)
     log_p = s.log_softmax(-1)
     own = torch.where(kept, wide(weight)[index.squeeze(-1)], 0) if weight is not None else kept
-    losses = -(1.0 - label_smoothing) * own * log_p.gather(-1, index).squeeze(-1)
-    if label_smoothing:
+    losses = -(1.0 - o.label_smoothing) * own * log_p.gather(-1, index).squeeze(-1)
+    if o.label_smoothing:
         weighted = log_p if weight is None else log_p * wide(weight)
-        losses = losses - label_smoothing / input.shape[1] * weighted.sum(-1)
-    if z_loss:
-        losses = losses + z_loss * lse.square()
-    losses = torch.where(kept, losses, 0)
-    if reduction == "mean":
-        losses = losses.sum() / own.sum().to(losses.dtype)
-    elif reduction == "sum":
-        losses = losses.sum()
-    return losses.to(input.dtype), lse.detach().double()
+        losses = losses - o.label_smoothing / input.shape[1] * weighted.sum(-1)
+    return _finished(input, s, losses, o, kept, own.sum())
 
 
 def cross_entropy_probs(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    inplace_backward: bool,
-    save_gradient: bool,
+    input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     """loss = -sum_j w_j ((1 - e) q_j + e / C) log p_j + z lse^2"""
-    s = logits_of(input, softcap, logit_scale)
+    o = Options(*options)
+    s = logits_of(input, o.softcap, o.logit_scale)
+    losses = -(_soft(s, target, weight, o) * s.log_softmax(-1)).sum(-1)
+    return _finished(input, s, losses, o, None, torch.tensor(input.shape[0]))
+
+
+def _soft(s: Tensor, target: Tensor, weight: Tensor | None, o: Options) -> Tensor:
+    """w_j ((1 - e) q_j + e / C) of probability targets q."""
+    soft = (1.0 - o.label_smoothing) * wide(target).to(s.dtype) + o.label_smoothing / s.shape[1]
+    return soft if weight is None else soft * wide(weight).to(s.dtype)
+
+
+def _finished(
+    input: Tensor, s: Tensor, losses: Tensor, o: Options, kept: Tensor | None, divisor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(the loss: with z-loss, masked and reduced; the log-sum-exp for backward)"""
     lse = s.logsumexp(-1)
-    soft = (1.0 - label_smoothing) * wide(target) + label_smoothing / input.shape[1]
-    if weight is not None:
-        soft = soft * wide(weight)
-    losses = -(soft * s.log_softmax(-1)).sum(-1)
-    if z_loss:
-        losses = losses + z_loss * lse.square()
-    if reduction == "mean":
-        losses = losses.sum() / max(input.shape[0], 0) if input.shape[0] else losses.sum() / 0.0
-    elif reduction == "sum":
-        losses = losses.sum()
+    if o.z_loss:
+        losses = losses + o.z_loss * lse.square()
+    if kept is not None:
+        losses = torch.where(kept, losses, 0)
+    if o.reduction != "none":
+        losses = losses.double().sum()
+    if o.reduction == "mean":
+        losses = losses / divisor.double()
     return losses.to(input.dtype), lse.detach().double()
 
 
@@ -106,30 +94,22 @@ def cross_entropy_backward(
     target: Tensor,
     weight: Tensor | None,
     lse: Tensor,
-    gradient: list[Tensor] | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    inplace_backward: bool,
-    save_gradient: bool,
-    needs: tuple[bool, ...],
+    gradient: Any,
+    *rest: Any,
 ) -> tuple[Tensor | None, ...]:
     """dx_j = slope_j ((sum of soft targets + 2 z lse) p_j - soft target_j) g"""
-    s = logits_of(input, softcap, logit_scale)
-    classes = input.shape[1]
-    kept = (target != ignore_index).unsqueeze(-1)
+    o = Options(*rest[:-1])
+    s = logits_of(input, o.softcap, o.logit_scale)
+    kept = (target != o.ignore_index).unsqueeze(-1)
     index = torch.where(kept, target.unsqueeze(-1), 0)
     w = None if weight is None else wide(weight).to(s.dtype)
     own = kept.to(s.dtype) if w is None else torch.where(kept, w[index], 0)
-    soft = torch.zeros_like(s).scatter(-1, index, (1.0 - label_smoothing) * own)
-    if label_smoothing:
-        spread = label_smoothing / classes
+    soft = torch.zeros_like(s).scatter(-1, index, (1.0 - o.label_smoothing) * own)
+    if o.label_smoothing:
+        spread = o.label_smoothing / input.shape[1]
         soft = soft + (spread if w is None else spread * w)
-    g = torch.where(kept, _upstream(grad_loss, reduction, s, own.sum()), 0)
-    return (_to_input(input, s, soft, g, z_loss, softcap, logit_scale, kept),)
+    g = torch.where(kept, _upstream(grad_loss, o.reduction, s, own.sum()), 0)
+    return (torch.where(kept, _to_input(input, s, soft, g, o), 0).to(input.dtype),)
 
 
 def cross_entropy_probs_backward(
@@ -138,45 +118,27 @@ def cross_entropy_probs_backward(
     target: Tensor,
     weight: Tensor | None,
     lse: Tensor,
-    gradient: list[Tensor] | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    inplace_backward: bool,
-    save_gradient: bool,
-    needs: tuple[bool, ...],
+    gradient: Any,
+    *rest: Any,
 ) -> tuple[Tensor | None, ...]:
     """As cross_entropy_backward; dq_j = -(1 - e) w_j log p_j g"""
-    s = logits_of(input, softcap, logit_scale)
-    soft = (1.0 - label_smoothing) * wide(target).to(s.dtype) + label_smoothing / input.shape[1]
-    w = 1.0 if weight is None else wide(weight).to(s.dtype)
-    g = _upstream(grad_loss, reduction, s, input.shape[0])
+    o, needs = Options(*rest[:-1]), rest[-1]
+    s = logits_of(input, o.softcap, o.logit_scale)
+    g = _upstream(grad_loss, o.reduction, s, input.shape[0])
     dx = dq = None
     if needs[0]:
-        dx = _to_input(input, s, soft * w, g, z_loss, softcap, logit_scale, None)
+        dx = _to_input(input, s, _soft(s, target, weight, o), g, o).to(input.dtype)
     if needs[1]:
-        dq = (-(1.0 - label_smoothing) * w * s.log_softmax(-1) * g).to(target.dtype)
+        w = 1.0 if weight is None else wide(weight).to(s.dtype)
+        dq = (-(1.0 - o.label_smoothing) * w * s.log_softmax(-1) * g).to(target.dtype)
     return dx, dq
 
 
-def _to_input(
-    input: Tensor,
-    s: Tensor,
-    soft: Tensor,
-    g: Tensor,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    kept: Tensor | None,
-) -> Tensor:
+def _to_input(input: Tensor, s: Tensor, soft: Tensor, g: Tensor, o: Options) -> Tensor:
     mass = soft.sum(-1, keepdim=True)
-    if z_loss:
-        mass = mass + 2.0 * z_loss * s.logsumexp(-1, keepdim=True)
-    d = (mass * s.softmax(-1) - soft) * g * _slope(input, softcap, logit_scale)
-    return (d if kept is None else torch.where(kept, d, 0)).to(input.dtype)
+    if o.z_loss:
+        mass = mass + 2.0 * o.z_loss * s.logsumexp(-1, keepdim=True)
+    return (mass * s.softmax(-1) - soft) * g * _slope(input, o.softcap, o.logit_scale)
 
 
 # ---- divergences

@@ -1,6 +1,6 @@
 """The losses' contract: schemas, argument checks, fake kernels, costs."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,20 @@ from fastllm.core.op import Schema, describe
 
 REDUCTIONS = ("none", "mean", "sum")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
+
+
+class Options(NamedTuple):
+    """What cross entropy is asked for: the op's arguments after the tensors, in their order."""
+
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    logit_scale: float
+    inplace_backward: bool = False
+    save_gradient: bool = False
+
 
 _OPTIONS = (
     "int ignore_index, str reduction, float label_smoothing, float z_loss, float softcap, "
@@ -52,51 +66,36 @@ def require_float(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a floating point tensor, found {describe(value)}")
 
 
-def check_options(reduction: str, label_smoothing: float, softcap: float) -> None:
+def check_options(options: Options) -> None:
     """ValueError that names the option that is out of its range."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, found {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected 0 to 1, found {label_smoothing}")
-    if softcap < 0.0:
-        raise ValueError(f"softcap: expected 0 (off) or more, found {softcap}")
+    if options.reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, found {options.reduction!r}")
+    if not 0.0 <= options.label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected 0 to 1, found {options.label_smoothing}")
+    if options.softcap < 0.0:
+        raise ValueError(f"softcap: expected 0 (off) or more, found {options.softcap}")
 
 
-def check_indices(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    *_: Any,
-) -> None:
-    """Raises where torch would: the message names the argument."""
-    _check_input(input, weight)
+def require_indices(target: Any) -> None:
+    """TypeError unless target is an int64 tensor."""
     if not isinstance(target, Tensor) or target.dtype != torch.int64:
         found = describe(target) if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"target: expected an int64 Tensor of class indices, found {found}")
+
+
+def check_indices(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> None:
+    """Raises where torch would: the message names the argument."""
+    _check_input(input, weight)
+    require_indices(target)
     if target.dim() != 1 or target.size(0) != input.size(0):
         raise ValueError(
             f"target: expected shape [{input.size(0)}], one class a row of input "
             f"{list(input.shape)}, found {list(target.shape)}"
         )
-    check_options(reduction, label_smoothing, softcap)
+    check_options(Options(*options))
 
 
-def check_probs(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    *_: Any,
-) -> None:
+def check_probs(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> None:
     """As check_indices, for targets that are probabilities."""
     _check_input(input, weight)
     require_float("target", target)
@@ -105,7 +104,7 @@ def check_probs(
             f"target: expected probabilities of input's shape {list(input.shape)}, "
             f"found {list(target.shape)}"
         )
-    check_options(reduction, label_smoothing, softcap)
+    check_options(Options(*options))
 
 
 def check_divergence(student: Tensor, teacher: Tensor, divergence: str, temperature: float) -> None:
@@ -135,6 +134,15 @@ def _check_input(input: Tensor, weight: Tensor | None) -> None:
             f"weight: expected shape [{input.size(1)}], one value a class, "
             f"found {list(weight.shape)}"
         )
+
+
+def mean_divisor(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What a mean divides by: the rows that count, or the weights of their classes."""
+    kept = target != ignore_index
+    if weight is None:
+        return kept.sum()
+    inside = target.clamp(0, weight.numel() - 1)
+    return torch.where(kept, weight[inside].to(torch.float64), 0).sum()
 
 
 # ---- fake kernels

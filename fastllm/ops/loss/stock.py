@@ -7,39 +7,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllm.core.backend import Backend
-from fastllm.ops.loss.spec import require_float
+from fastllm.ops.loss.spec import Options, require_float
 
 
-def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    inplace_backward: bool,
-    save_gradient: bool,
-) -> Tensor:
+def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
     """F.cross_entropy of the logits, the z-loss added to each row as one would by hand."""
-    s = input if logit_scale == 1.0 else input * logit_scale
-    s = softcap * torch.tanh(s / softcap) if softcap else s
+    o = Options(*options)
+    s = input if o.logit_scale == 1.0 else input * o.logit_scale
+    s = o.softcap * torch.tanh(s / o.softcap) if o.softcap else s
     if weight is not None:
         weight = weight.to(input.dtype)
-    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    if target.is_floating_point():  # torch ignores nothing there, whatever is asked for
-        options.pop("ignore_index")
-    if not z_loss:
-        return F.cross_entropy(s, target, weight, reduction=reduction, **options)
-    losses = F.cross_entropy(s, target, weight, reduction="none", **options)
-    z = z_loss * s.logsumexp(-1).square()
-    kept = None if target.is_floating_point() else target != ignore_index
+    given: dict[str, Any] = {"label_smoothing": o.label_smoothing}
+    if not target.is_floating_point():  # with probabilities, torch ignores nothing
+        given["ignore_index"] = o.ignore_index
+    if not o.z_loss:
+        return F.cross_entropy(s, target, weight, reduction=o.reduction, **given)
+    losses = F.cross_entropy(s, target, weight, reduction="none", **given)
+    z = o.z_loss * s.logsumexp(-1).square()
+    kept = None if target.is_floating_point() else target != o.ignore_index
     losses = losses + (z if kept is None else torch.where(kept, z, 0))
-    if reduction == "none":
+    if o.reduction == "none":
         return losses
-    if reduction == "sum":
+    if o.reduction == "sum":
         return losses.sum()
     if kept is None:
         return losses.mean()
