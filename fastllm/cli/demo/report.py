@@ -78,7 +78,7 @@ def notes(found: Findings) -> list[str]:
         f"text a step, {len(llama.losses[STOCK])} steps in turns; {llama.report.summary}",
         f"distillation: the trained Llama teaches one of {found.distil.parameters / 1e6:.1f} "
         f"million parameters, {len(found.distil.losses[STOCK])} steps in turns; stock: F.kl_div "
-        "and F.cross_entropy of both logits; swapped: linear_distillation_loss of the hidden states",
+        "and F.cross_entropy of both logits; swapped: linear_distillation_loss of hidden states",
         "ratios are medians of quotients within a turn, quartiles in brackets; most of the time "
         "goes into matrix products, where torch's own code runs wherever it is as fast",
     ]
