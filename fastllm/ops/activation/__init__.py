@@ -3,9 +3,12 @@
 from torch import Tensor
 
 from fastllm.core.dispatch import define
-from fastllm.core.op import Op
+from fastllm.core.op import Op, smaller
 from fastllm.ops.activation import cpu, reference, spec, stock, triton
 from fastllm.ops.activation.cases import cases
+
+# elements, from which the kernels win back what a call from Python costs more than torch's own
+SMALL = {"silu": (1 << 14, 1 << 18), "relu2": (1 << 14, 1 << 15), "swiglu": (1 << 13, 1 << 15)}
 
 
 def _register(name: str) -> Op:
@@ -25,6 +28,7 @@ def _register(name: str) -> Op:
         fake_backward=spec.fake_gated_backward if gated else spec.fake_unary_backward,
         cost=spec.cost_gated if gated else spec.cost_unary,
         cases=cases(name),
+        stock_first=smaller(*SMALL.get(name, (0, 0))),
     )
 
 
