@@ -1,4 +1,4 @@
-// Fused attention: forward, backward and decoding.
+// Fused attention: forward and backward.
 #include "cpu/kernels/rows.inl"
 
 #include "cpu/kernels/gemm_pack.inl"

@@ -122,7 +122,8 @@ def _backward(
         )  # fmt: skip
         grads = [
             *_dense(dout[part]), *(_NO_ROWS if grad_lse is None else _dense(grad_lse[part])),
-            *(_NO_ROWS if terms is None else _dense(terms[part])), *_dense(dq[part]), *_dense(dk[part]), *_dense(dv[part]),
+            *(_NO_ROWS if terms is None else _dense(terms[part])),
+            *_dense(dq[part]), *_dense(dk[part]), *_dense(dv[part]),
         ]  # fmt: skip
         full = q.new_zeros((len(q[part]), *shape[1:]), dtype=torch.float32) if wants_mask else None
         _run_backward(call, grads, full, scale, softcap, dropout_p)
