@@ -11,6 +11,8 @@
 
 #include "cpu/kernels/attention_forward.inl"
 
+#include "cpu/kernels/attention_gradients.inl"
+
 #include "cpu/kernels/attention_backward.inl"
 
 // The engine for a type at this level.
