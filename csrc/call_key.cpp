@@ -1,22 +1,20 @@
-// A call as one number: what a table of measured choices is asked with on every call. Reading the
-// shapes, dtypes and strides of three tensors from Python costs more than a microsecond; this a
+// A call as one number: what an op is asked with, on every call, for the backend to run. Reading
+// the shapes, dtypes and strides of three tensors from Python costs more than a microsecond; this a
 // quarter of one.
 #include "call_key.h"
 
 #include <cstdint>
+#include <cstring>
 
 #include "dlpack_exchange.h"
+#include "fast_call.h"
 
 namespace py = pybind11;
 
 namespace fastllm {
 namespace {
 
-// What bind_call_key was given; kept for the life of the process.
-struct Torch {
-  const dlpack::ExchangeApi* api = nullptr;
-  PyObject *tensor, *parameter, *grad_enabled, *threads, *deterministic, *requires_grad;
-} torch_;
+PyObject* deterministic = nullptr;  // what bind_call_key was given, for the life of the process
 
 // splitmix64: every bit of `value` reaches every bit of the state
 void mix(uint64_t& state, uint64_t value) {
@@ -26,14 +24,9 @@ void mix(uint64_t& state, uint64_t value) {
   state ^= state >> 31;
 }
 
-bool is_tensor(PyObject* object) {
-  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  return type == torch_.tensor || type == torch_.parameter;
-}
-
 bool mix_tensor(uint64_t& state, PyObject* object) {
   dlpack::Tensor t{};
-  if (torch_.api->view_of_object(object, &t) != 0) return PyErr_Clear(), false;
+  if (!view_of(object, t)) return false;
   mix(state, uint64_t(t.dtype.code) << 8 | t.dtype.bits);
   mix(state, uint64_t(t.device.type) << 32 | uint32_t(t.device.id));
   int64_t size = 1;
@@ -49,79 +42,69 @@ bool mix_tensor(uint64_t& state, PyObject* object) {
   return true;
 }
 
-// -1: a Python error, which is cleared; else the truth of what `callable` says.
-int truth(PyObject* callable) {
-  PyObject* said = PyObject_CallNoArgs(callable);
-  const int value = said ? PyObject_IsTrue(said) : -1;
-  Py_XDECREF(said);
-  if (value < 0) PyErr_Clear();
-  return value;
+// An argument that is no tensor. By value where the hash is not: -1 and -2 have the same.
+bool mix_value(uint64_t& state, PyObject* value) {
+  if (PyTuple_CheckExact(value)) {
+    const Py_ssize_t size = PyTuple_GET_SIZE(value);
+    mix(state, uint64_t(size));
+    for (Py_ssize_t i = 0; i < size; ++i)
+      if (!mix_value(state, PyTuple_GET_ITEM(value, i))) return false;
+    return true;
+  }
+  if (PyFloat_CheckExact(value)) {
+    const double number = PyFloat_AS_DOUBLE(value);
+    uint64_t bits;
+    std::memcpy(&bits, &number, sizeof bits);
+    mix(state, bits);
+    return true;
+  }
+  const bool integer = PyLong_CheckExact(value);
+  const int64_t number = integer ? PyLong_AsLongLong(value) : PyObject_Hash(value);
+  if (number == -1 && PyErr_Occurred()) return PyErr_Clear(), false;
+  mix(state, uint64_t(number));
+  return true;
 }
 
-bool wants_grad(PyObject* object) {
-  PyObject* flag = PyObject_GetAttr(object, torch_.requires_grad);
-  if (!flag) return PyErr_Clear(), false;
-  Py_DECREF(flag);
-  return flag == Py_True;
-}
-
-// call_key(args, training): `training` None asks the tensors and the grad mode.
+// call_key(args, training): `training` None asks the tensors and the grad mode, and declines what
+// is no ordinary call.
 PyObject* call_key(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != 2 || !PyTuple_Check(given[0]))
     return PyErr_Format(PyExc_TypeError, "call_key: expected a tuple and True, False or None");
-  if (!torch_.api) Py_RETURN_NONE;
+  const bool ask = given[1] == Py_None;
+  if (!deterministic || (ask && !nothing_special())) Py_RETURN_NONE;
   uint64_t state = 0;
-  bool grad = given[1] == Py_True, ask = given[1] == Py_None;
+  bool grad = given[1] == Py_True;
   const Py_ssize_t size = PyTuple_GET_SIZE(given[0]);
   for (Py_ssize_t i = 0; i < size; ++i) {
     PyObject* value = PyTuple_GET_ITEM(given[0], i);
-    if (is_tensor(value)) {
-      if (!mix_tensor(state, value)) Py_RETURN_NONE;
+    if (is_any_tensor(value)) {  // no subclass, nothing traced
+      if (!is_plain(value) || !mix_tensor(state, value)) Py_RETURN_NONE;
       grad = grad || (ask && wants_grad(value));
-    } else if (PyType_IsSubtype(Py_TYPE(value), reinterpret_cast<PyTypeObject*>(torch_.tensor))) {
-      Py_RETURN_NONE;  // a subclass, or traced
-    } else {
-      const Py_hash_t hash = PyObject_Hash(value);
-      if (hash == -1 && PyErr_Occurred()) return PyErr_Clear(), Py_NewRef(Py_None);
-      mix(state, uint64_t(hash) ^ 0x5bd1e995u);
+    } else if (!mix_value(state, value)) {
+      Py_RETURN_NONE;
     }
   }
-  if (grad && ask) grad = truth(torch_.grad_enabled) == 1;
-  PyObject* threads = PyObject_CallNoArgs(torch_.threads);
-  const long number = threads ? PyLong_AsLong(threads) : 0;
-  Py_XDECREF(threads);
-  if (PyErr_Occurred()) PyErr_Clear();
-  mix(state, uint64_t(number) << 2 | uint64_t(truth(torch_.deterministic) == 1) << 1 | grad);
+  if (grad && ask) grad = grad_enabled();
+  PyObject* said = PyObject_CallNoArgs(deterministic);
+  const bool repeatable = said != Py_False;
+  Py_XDECREF(said);
+  if (!said) PyErr_Clear();
+  mix(state, uint64_t(thread_count()) << 2 | uint64_t(repeatable) << 1 | grad);
   // the lowest bit says which direction was found
   return PyLong_FromUnsignedLongLong((state & ~uint64_t(1)) | grad);
-}
-
-// bind_call_key(Tensor, Parameter, is_grad_enabled, get_num_threads, deterministic)
-void bind_call_key(py::object tensor, py::object parameter, py::object grad_enabled,
-                   py::object threads, py::object deterministic) {
-  py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
-  auto* api = static_cast<const dlpack::ExchangeApi*>(
-      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (!api) throw py::error_already_set();
-  while (api && api->major != dlpack::kMajor) api = api->previous;
-  if (!api || !api->view_of_object) return;
-  torch_.tensor = tensor.release().ptr();
-  torch_.parameter = parameter.release().ptr();
-  torch_.grad_enabled = grad_enabled.release().ptr();
-  torch_.threads = threads.release().ptr();
-  torch_.deterministic = deterministic.release().ptr();
-  torch_.requires_grad = PyUnicode_InternFromString("requires_grad");
-  torch_.api = api;
 }
 
 }  // namespace
 
 void def_call_key(py::module_& m) {
-  m.def("bind_call_key", &bind_call_key, "Gives call_key what it needs of torch; once.");
+  m.def(
+      "bind_call_key",
+      [](py::object asks) { deterministic = asks.release().ptr(); },
+      "Gives call_key what says whether algorithms must be deterministic; after bind_torch.");
   static PyMethodDef method{
       "call_key", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call_key)),
       METH_FASTCALL,
-      "A call's arguments as a number, odd when gradients are wanted; None: no plain tensors."};
+      "A call's arguments as a number, odd when gradients are wanted; None: no ordinary call."};
   m.attr("call_key") = py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method, nullptr, nullptr));
 }
 

@@ -12,7 +12,6 @@
 #include "cpu/isa.h"
 #include "cpu/kernels/norm.h"
 #include "cpu/types.h"
-#include "dlpack_exchange.h"
 
 namespace py = pybind11;
 
@@ -48,8 +47,10 @@ bool says_no(PyObject* callable) {
   return truth == 0;
 }
 
-// No dispatch or function mode, transform, autocast, tracing, forward-mode AD, forced backend.
+}  // namespace
+
 bool nothing_special() {
+  if (!torch_.api) return false;
   for (int i = 0; i < torch_.guard_count; ++i)
     if (!says_no(torch_.guards[i])) return false;
   PyObject* level = PyDict_GetItem(torch_.forward_ad, torch_.level);
@@ -60,14 +61,21 @@ bool nothing_special() {
   return name == Py_None;
 }
 
-// A tensor of torch's own class whose bytes are its values: no lazy negation.
-bool plain(PyObject* object) {
+bool is_any_tensor(PyObject* object) {
+  return torch_.api && PyType_IsSubtype(Py_TYPE(object), (PyTypeObject*)torch_.tensor);
+}
+
+bool is_plain(PyObject* object) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (type != torch_.tensor && type != torch_.parameter) return false;
   PyObject* negative = PyObject_CallOneArg(torch_.is_negative, object);
   if (!negative) return PyErr_Clear(), false;
   Py_DECREF(negative);
   return negative == Py_False;
+}
+
+bool view_of(PyObject* object, dlpack::Tensor& view) {
+  return torch_.api->view_of_object(object, &view) == 0 || (PyErr_Clear(), false);
 }
 
 bool wants_grad(PyObject* object) {
@@ -77,6 +85,17 @@ bool wants_grad(PyObject* object) {
   return flag == Py_True;
 }
 
+bool grad_enabled() { return !says_no(torch_.grad_enabled); }
+
+int thread_count() {
+  PyObject* said = PyObject_CallNoArgs(torch_.threads);
+  const long count = said ? PyLong_AsLong(said) : 1;
+  Py_XDECREF(said);
+  return count > 0 ? int(count) : (PyErr_Clear(), 1);
+}
+
+namespace {
+
 // A contiguous CPU tensor of a dtype that the kernels take.
 struct View {
   dlpack::Tensor t{};
@@ -84,7 +103,7 @@ struct View {
   int64_t numel = 1;
 
   bool read(PyObject* object) {
-    if (torch_.api->view_of_object(object, &t) != 0) return PyErr_Clear(), false;
+    if (!view_of(object, t)) return false;
     if (t.device.type != dlpack::kCpu || t.dtype.lanes != 1) return false;
     if (t.dtype.code == dlpack::kFloat && t.dtype.bits == 32)
       dtype = kFloat32;
@@ -112,22 +131,16 @@ bool read_optional(PyObject* object, View& view) { return object == Py_None || v
 
 // Decides on all tensor arguments at once.
 Answer examine(PyObject* const* tensors, int count) {
-  if (!torch_.api || !nothing_special()) return kDecline;
+  if (!nothing_special()) return kDecline;
   for (int i = 0; i < count; ++i)
-    if (tensors[i] != Py_None && !plain(tensors[i])) return kDecline;
-  if (says_no(torch_.grad_enabled)) return kRun;
+    if (tensors[i] != Py_None && !is_plain(tensors[i])) return kDecline;
+  if (!grad_enabled()) return kRun;
   for (int i = 0; i < count; ++i)
     if (tensors[i] != Py_None && wants_grad(tensors[i])) return kWantsGrad;
   return kRun;
 }
 
-int threads_for(int64_t bytes) {
-  if (bytes < kSmall) return 1;
-  PyObject* said = PyObject_CallNoArgs(torch_.threads);
-  const long count = said ? PyLong_AsLong(said) : 1;
-  Py_XDECREF(said);
-  return count > 0 ? int(count) : (PyErr_Clear(), 1);
-}
+int threads_for(int64_t bytes) { return bytes < kSmall ? 1 : thread_count(); }
 
 // A new tensor like `object`, and where its memory is. Null with a Python error set.
 PyObject* allocate_like(PyObject* object, int64_t bytes, void*& data) {

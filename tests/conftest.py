@@ -53,6 +53,37 @@ def _clean():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _kernels():
+    """Tests are small, and about our kernels: nothing goes to torch for its size."""
+    from fastllm.core.op import OPS
+    from fastllm.nn import worth
+    from fastllm.ops.matmul import worth as products
+
+    before = {op: op.stock_first for op in OPS.values()}
+    for op in before:
+        op.stock_first = None
+    worth.PASS = products.SMALL = 0
+    products.AT_PEAK = frozenset()
+    return before
+
+
+@pytest.fixture
+def by_size(monkeypatch, _kernels):
+    """Sizes decide again, as they do for a user."""
+
+    def forget():
+        for op in _kernels:
+            op.known_calls.reset()
+
+    for op, stock_first in _kernels.items():
+        monkeypatch.setattr(op, "stock_first", stock_first)
+    forget()
+    yield forget
+    monkeypatch.undo()
+    forget()
+
+
 @pytest.fixture
 def tuned(monkeypatch, tmp_path):
     """The tuner at work, with a cache of its own (the path) and nothing shipped."""

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fastllm import nn as fast
-from fastllm.nn import worth
 
 PAIRS = [
     (torch.nn.LayerNorm, fast.LayerNorm, ((12,),), {}),
@@ -24,13 +23,6 @@ PAIRS = [
     (torch.nn.GELU, fast.GELU, ("tanh",), {}),
     (torch.nn.SiLU, fast.SiLU, (), {}),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _kernels(monkeypatch):
-    monkeypatch.setattr(worth, "SMALL", 0)
-    monkeypatch.setattr(worth, "AT_PEAK", frozenset())
-    monkeypatch.setattr(worth, "PASS", 0)
 
 
 IDS = [f"{stock.__name__}{args}{kwargs}" for stock, _, args, kwargs in PAIRS]

@@ -7,10 +7,10 @@ from torch.nn import functional as stock
 import fastllm.functional
 from fastllm import nn as fast
 from fastllm.core.proof import compare
-from fastllm.core.tuner.routes import Routes
+from fastllm.core.tuner import routes
 from fastllm.nn import worth
 from fastllm.nn.activation import ACTIVATIONS
-from fastllm.ops.matmul import linear_op
+from fastllm.ops.matmul import worth as products_worth
 
 ACTS = {
     "gelu": stock.gelu,
@@ -19,13 +19,6 @@ ACTS = {
     "relu": torch.relu,
     "relu2": lambda x: torch.relu(x).square(),
 }
-
-
-@pytest.fixture(autouse=True)
-def _kernels(monkeypatch):
-    monkeypatch.setattr(worth, "SMALL", 0)
-    monkeypatch.setattr(worth, "AT_PEAK", frozenset())
-    monkeypatch.setattr(worth, "PASS", 0)
 
 
 def plain(module, x):
@@ -120,12 +113,12 @@ def test_compile_and_autocast(make):
     torch._dynamo.reset()
 
 
-def test_products_at_torchs_peak_run_in_torch(monkeypatch):
-    monkeypatch.undo()
+def test_products_at_torchs_peak_run_in_torch(monkeypatch, by_size):
     monkeypatch.setattr(fastllm.functional, "linear", None)
-    monkeypatch.setattr(worth, "AT_PEAK", frozenset((torch.float32,)))
-    monkeypatch.setattr(worth, "_THIN_FROM", 2)
-    monkeypatch.setattr(linear_op, "routes", None)  # no table of this machine
+    monkeypatch.setattr(products_worth, "SMALL", 1 << 24)
+    monkeypatch.setattr(products_worth, "AT_PEAK", frozenset((torch.float32,)))
+    monkeypatch.setattr(routes, "lookup", lambda *call: None)  # no table of this machine
+    by_size()
     module, x = fast.Linear(64, 64), torch.randn(1 << 12, 64)
     assert torch.equal(module(x), stock.linear(x, module.weight, module.bias))
     thin = fast.Linear(1 << 11, 1 << 10)
@@ -133,22 +126,22 @@ def test_products_at_torchs_peak_run_in_torch(monkeypatch):
         assert thin(torch.randn(rows, 1 << 11)).shape == (rows, 1 << 10)
     with pytest.raises(TypeError):
         thin(torch.randn(2, 1 << 11))
-    monkeypatch.setattr(worth, "AT_PEAK", frozenset())
+    monkeypatch.setattr(products_worth, "AT_PEAK", frozenset())
+    by_size()
     assert torch.equal(module(x[1:]), stock.linear(x[1:], module.weight, module.bias))
     with pytest.raises(TypeError):
         module(x)
 
 
 @pytest.mark.parametrize("name", ["torch", "onednn"])
-def test_what_was_measured_decides(name, monkeypatch):
+def test_what_was_measured_decides(name, monkeypatch, by_size):
     module, x = fast.Linear(64, 64), torch.randn(8, 64)
-    monkeypatch.setattr(worth, "AT_PEAK", frozenset(() if name == "torch" else (torch.float32,)))
-    monkeypatch.setattr(worth, "lookup", lambda op, args, device, direction: name)
-    monkeypatch.setattr(linear_op, "routes", Routes(linear_op))
-    worth._measured.clear()
+    at_peak = frozenset(() if name == "torch" else (torch.float32,))
+    monkeypatch.setattr(products_worth, "AT_PEAK", at_peak)
+    monkeypatch.setattr(routes, "lookup", lambda op, args, device, direction: name)
+    by_size()
     assert worth.worth(x, module.weight, module.bias) is (name != "torch")
     assert worth.worth(x, module.weight, module.bias) is (name != "torch")  # remembered
-    worth._measured.clear()
 
 
 @pytest.mark.parametrize("extra", [{}, {"padding_idx": 3}, {"scale_grad_by_freq": True}])

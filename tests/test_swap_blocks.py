@@ -21,11 +21,8 @@ X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
-def _kernels(monkeypatch):
+def _threads():
     torch.set_num_threads(1)
-    monkeypatch.setattr(worth, "SMALL", 0)
-    monkeypatch.setattr(worth, "AT_PEAK", frozenset())
-    monkeypatch.setattr(worth, "PASS", 0)
 
 
 class Parts(nn.Module):

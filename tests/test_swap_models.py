@@ -7,7 +7,6 @@ import torch
 from swap_models import EXPECTED, build
 
 import fastllm.swap
-from fastllm.nn import worth
 
 pytest.importorskip("transformers")
 NAMES = list(EXPECTED)
@@ -18,11 +17,8 @@ LEFT = {"gemma2": ["model.embed_tokens"]}  # a subclass of Embedding that scales
 
 
 @pytest.fixture(autouse=True)
-def _threads(monkeypatch):
+def _threads():
     torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
-    monkeypatch.setattr(worth, "SMALL", 0)  # so small that torch would run all of them
-    monkeypatch.setattr(worth, "AT_PEAK", frozenset())
-    monkeypatch.setattr(worth, "PASS", 0)
 
 
 def snapshot(model):

@@ -212,8 +212,12 @@ def test_a_lookup_adds_less_than_a_microsecond(tuned):
     args = layer_args(16, 4096)
     say(LAYER, args, "forward", "cpu")
     say(LAYER, layer_args(2, 8), "forward", "torch")
-    find = LAYER.routes.find
-    assert microseconds(lambda: find(args), args[0]) < 1
+    find, guards, negative = LAYER.routes.find, routes.call_key, torch.Tensor.is_neg
+
+    def any_call():  # is a mode on, is something traced, are the bytes the values
+        return guards((), None), negative(args[0]), negative(args[2]), negative(args[3])
+
+    assert microseconds(lambda: find(args), args[0]) - microseconds(any_call, args[0]) < 1
 
 
 def test_shapes_that_never_repeat_do_not_fill_the_memory(tuned, monkeypatch):
@@ -548,3 +552,35 @@ def test_configs_that_do_not_fit_are_not_tried(toy):
     toy.fits = lambda config, device, n, dtype: config["block"] < 64
     assert list(toy.candidates("cpu", (256, torch.float32))) == ["block=1"]
     assert jobs.of_tunables([toy], "cpu") == []
+
+
+# ---- before anything was measured
+
+
+@pytest.mark.parametrize(
+    ("name", "small", "large"),
+    [
+        ("silu", (8,), (1 << 14,)),
+        ("swiglu", (8,), (1 << 13,)),
+        ("softmax", (8,), (1 << 16,)),
+    ],
+)
+def test_the_smallest_calls_are_torchs(name, small, large, tuned, by_size):
+    op = OPS[name]
+    count = len(op.tensors)
+    rest = (0,) if name == "softmax" else ()
+    for shape, expected in ((small, "torch"), (large, "cpu")):
+        args = (*(torch.randn(shape) for _ in range(count)), *rest)
+        run, training = op.routes.find(args)
+        assert run.name == expected and not training
+        assert torch.equal(op(*args), op(*args, backend=expected))
+        say(op, args, "forward", "cpu" if expected == "torch" else "torch")
+        assert op.routes.find(args)[0].name != expected  # what was measured counts
+
+
+def test_calls_that_differ_in_a_number_are_apart(tuned):
+    op, x = OPS["softmax"], torch.randn(4, 6)
+    assert torch.allclose(op(x, -1), torch.softmax(x, -1))
+    assert torch.allclose(op(x, -2), torch.softmax(x, -2))  # hash(-1) is hash(-2)
+    with pytest.raises((IndexError, ValueError)):
+        op(x[0], -2)

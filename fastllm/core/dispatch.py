@@ -86,7 +86,7 @@ def _backward(op: Op) -> Any:
     def run(*args: Any) -> Any:
         *given, needs, backend = map(_tuple, args)
         grads, saved = given[: op.outputs], given[op.outputs :]
-        chosen = op.select_training(op.forward_args(tuple(saved)), backend)
+        chosen = op.select(op.forward_args(tuple(saved)), backend, training=True)
         results = (chosen.backward or op.reference_backward)(
             *op.first_grad(grads, saved), *saved, needs
         )

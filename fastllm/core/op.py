@@ -60,6 +60,8 @@ class Op:
     autocast_composite device types on which autocast gets plain torch code instead
     mutates            positions of tensors that forward writes in place
     key                key(*args): a call's word in the tuner's table; None: made of all arguments
+    stock_first        stock_first(training, *args): whether stock torch's own call is likely the
+                       fastest; for eager calls that no table knows
     hidden             results after the `outputs` that only backward reads (a log-sum-exp, say);
                        callers never see them, composite backends do not make them
     """
@@ -86,6 +88,7 @@ class Op:
     outputs: int = 1
     key: Callable[..., str] | None = None
     hidden: int = 0
+    stock_first: Callable[..., bool] | None = None
 
     def __post_init__(self) -> None:
         found = {b.name: b for b in self.implementations}
@@ -96,8 +99,9 @@ class Op:
         self.fast = None if self.fastest is None else self.fastest.fast
         self.with_grad = _differentiable(self)
         self.packet: Any = None
-        self.routes: Routes | None = None  # None: the table has nothing to say about this op
-        Routes(self).reset()
+        self.routes: Routes | None = None  # None: fast calls only, no table speaks of this op
+        self.known_calls = Routes(self)
+        self.known_calls.reset()
         if self.name in OPS:
             raise ValueError(f"name: an op {self.name!r} is registered already")
         OPS[self.name] = self
@@ -108,17 +112,17 @@ class Op:
         """Runs the op on resolved arguments; `backend` forces one."""
         if torch.compiler.is_compiling():
             return self.dispatch(args, backend)
-        routed = None
-        if self.routes is not None and backend is None and choice.name is None:
-            routed = self.routes.find(args)
-            if routed is not None and routed.backward is None and _ordinary():
-                return routed.forward(*args)
-        if self.fast is not None and backend is None and routed is None:
-            out = self.fast(*args)
-            if out is True:
-                return self.with_grad(self.fastest, *args)
-            if out is not None:
-                return out
+        if backend is None:
+            if self.routes is not None:
+                found = self.routes.find(args)
+                if found is not None:
+                    return self.run(*found, args)
+            elif self.fast is not None:
+                out = self.fast(*args)
+                if out is True:
+                    return self.with_grad(self.fastest, *args)
+                if out is not None:
+                    return out
         grad = False
         for i in self.tensors:
             tensor = args[i]
@@ -137,12 +141,18 @@ class Op:
         if _transforms() is not None or forward_ad._current_level >= 0:
             return self.composite(args, backend)
         self.check(*args)
-        run = routed or self.forced(args, backend) or self.default(args)
+        training = grad and _grad_enabled()
+        return self.run(self.forced(args, backend) or self.default(args, training), training, args)
+
+    def run(self, run: Backend, training: bool, args: tuple) -> Any:
+        """An ordinary call with arguments that were found right."""
         if run.backward is None:
             return run.forward(*args)
-        if grad and _grad_enabled():
+        if training:
             return self.with_grad(run, *args)
-        out = run.forward(*args)
+        out = None if run.fast is None else run.fast(*args)
+        if out is None:
+            out = run.forward(*args)
         if self.mutates:
             self.bump(args)
         return self.visible(out) if self.hidden else out
@@ -190,21 +200,19 @@ class Op:
 
     # ---- choosing
 
-    def select(self, args: tuple, backend: str | None = None) -> Backend:
-        """The backend of a call without gradients: asked for, or measured to win, or the first."""
-        run = self.forced(args, backend)
-        if run is None and self.routes is not None:
-            run = self.routes.find(args, False)
-        return run or self.default(args)
+    def select(self, args: tuple, backend: str | None = None, training: bool = False) -> Backend:
+        """The backend of a call: asked for, or measured to win, or the first that serves.
 
-    def select_training(self, args: tuple, backend: str | None = None) -> Backend:
-        """The backend of a backward pass that is an op of its own, after a forward by any other."""
+        A backward pass that is an op of its own (`training`) may follow a forward by any other; a
+        composite could only have come with its own.
+        """
         run = self.forced(args, backend)
         if run is None and self.routes is not None:
-            run = self.routes.find(args, True)
-            if run is not None and run.backward is None:  # it could only have come with its forward
+            found = self.routes.find(args, training)
+            run = None if found is None else found[0]
+            if run is not None and run.backward is None and (training or self.hidden):
                 run = None
-        return run or self.default(args)
+        return run or self.first(args)
 
     def forced(self, args: tuple, backend: str | None) -> Backend | None:
         """The backend that the call, the context or the environment asks for."""
@@ -216,7 +224,21 @@ class Op:
             return run
         raise self.unsupported(args, name)
 
-    def default(self, args: tuple) -> Backend:
+    def named(self, name: str | None, args: tuple) -> Backend | None:
+        """The backend of this name, if there is one and it can serve `args`."""
+        run = self.backends.get(name) if name else None
+        served = run is not None and run.missing is None and run.supports(*args) is None
+        return run if served else None
+
+    def default(self, args: tuple, training: bool) -> Backend:
+        """The backend of an eager call that nobody has measured."""
+        if self.stock_first is not None and self.stock_first(training, *args):
+            run = self.named("torch", args)
+            if run is not None:
+                return run
+        return self.first(args)
+
+    def first(self, args: tuple) -> Backend:
         """The first backend, in order of preference, that can serve `args`."""
         runnable = self._runnable
         if runnable is None:
@@ -266,6 +288,15 @@ class Op:
         if first is None:
             first = torch.zeros_like(saved[self.saved_tensors[0]])
         return [first, *grads[1:]]
+
+
+def smaller(forward: int, training: int) -> Callable[..., bool]:
+    """An op's `stock_first`: its first argument is on the CPU and has fewer elements than this."""
+
+    def stock_first(wanted: bool, input: Tensor, *_: Any) -> bool:
+        return input.is_cpu and input.numel() < (training if wanted else forward)
+
+    return stock_first
 
 
 def _differentiable(op: Op) -> Callable[..., Any]:

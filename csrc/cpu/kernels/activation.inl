@@ -3,54 +3,59 @@
 #include "cpu/kernels/elementwise.inl"
 #include "cpu/kernels/math.inl"
 
-// f(x), and f'(x) where it is asked for.
+// f(x), and f'(x) where it is asked for. Short: as exact as a 16-bit result needs.
 struct Point {
   Vec value, slope;
 };
 
 struct Silu {
-  template <bool Slope>
+  template <bool Slope, bool Short>
   INLINE_MEMBER static Point at(Vec x) {
-    if (!Slope) return {x * sigmoid(x), zero()};
-    const Sigmoid s = sigmoids(x);
+    if (!Slope) return {x * sigmoid<Short>(x), zero()};
+    const Sigmoid s = sigmoids<Short>(x);
     return {x * s.value, s.value * fma(x, s.complement, set1(1.0f))};
   }
 };
 
 struct Gelu {
-  template <bool Slope>
+  template <bool Slope, bool Short>
   INLINE_MEMBER static Point at(Vec x) {
-    const Normal n = normal(x);
+    const Normal n = normal<Short>(x);
     return {x * n.cumulative, Slope ? fma(x, n.density, n.cumulative) : zero()};
   }
 };
 
 // 0.5 x (1 + tanh(u)) is x sigmoid(2 u), without the cancellation.
 struct GeluTanh {
-  template <bool Slope>
+  template <bool Slope, bool Short>
   INLINE_MEMBER static Point at(Vec x) {
     constexpr float kScale = 1.59576912f, kCube = 0.044715f;  // 2 sqrt(2 / pi)
     const Vec square = x * x;
     const Vec u = x * set1(kScale) * fma(square, set1(kCube), set1(1.0f));
-    if (!Slope) return {x * sigmoid(u), zero()};
-    const Sigmoid s = sigmoids(u);
+    if (!Slope) return {x * sigmoid<Short>(u), zero()};
+    const Sigmoid s = sigmoids<Short>(u);
     const Vec along = x * set1(kScale) * fma(square, set1(3 * kCube), set1(1.0f));
     return {x * s.value, s.value * fma(along, s.complement, set1(1.0f))};
   }
 };
 
 struct Relu2 {
-  template <bool Slope>
+  template <bool Slope, bool Short>
   INLINE_MEMBER static Point at(Vec x) {
     const Vec r = at_least(x, zero());
     return {r * r, r + r};
   }
 };
 
+// The caches' own prefetching stops at the end of a page.
+INLINE void ask(const void* p) { __builtin_prefetch((const char*)p + 2048); }
+
 template <class F, bool Gated, class T>
 APART void forward_part(const T* x, const T* up, T* y, i64 n, bool past_caches) {
   each(n, [&](auto lanes, i64 i) INLINE_LAMBDA {
-    Vec v = F::template at<false>(get(x + i, lanes)).value;
+    ask(x + i);
+    if (Gated) ask(up + i);
+    Vec v = F::template at<false, sizeof(T) == 2>(get(x + i, lanes)).value;
     if (Gated) v = v * get(up + i, lanes);
     write(past_caches, y + i, v, lanes);
   });
@@ -60,8 +65,11 @@ template <class F, bool Gated, class T>
 APART void backward_part(const T* dy, const T* x, const T* up, T* dx, T* dup, i64 n,
                          bool past_caches) {
   each(n, [&](auto lanes, i64 i) INLINE_LAMBDA {
+    ask(dy + i);
+    ask(x + i);
+    if (Gated) ask(up + i);
     const Vec g = get(dy + i, lanes);
-    const Point f = F::template at<true>(get(x + i, lanes));
+    const Point f = F::template at<true, sizeof(T) == 2>(get(x + i, lanes));
     Vec along = g;
     if (Gated) {
       along = g * get(up + i, lanes);

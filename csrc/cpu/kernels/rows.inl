@@ -19,7 +19,9 @@ INLINE Vec or_else(Vec a, First lanes, float other) {
   return choose(less(zero(), keep(set1(1.0f), lanes.n)), a, set1(other));
 }
 
-// e^x for x <= 0, to 1-2 ulp; 0 below -87.3, where e^x is no longer a normal number.
+// e^x for x <= 0, to 1-2 ulp or, where Short, to 1e-5; 0 below -87.3, where e^x is no longer a
+// normal number.
+template <bool Short = false>
 INLINE Vec exp_down(Vec x) {
   constexpr float kShift = 12582912.0f, kLeast = -87.3f;
   constexpr float kTerms[] = {0.49999994f, 0.166665196f, 0.0416683927f, 0.00836878084f,
@@ -27,8 +29,14 @@ INLINE Vec exp_down(Vec x) {
   const Vec bounded = {x.v < set1(kLeast).v ? set1(kLeast).v : x.v};
   const Vec shifted = fma(bounded, set1(1.44269504f), set1(kShift)), k = shifted - set1(kShift);
   const Ints n = (Ints)shifted.v - (Ints)set1(kShift).v;
-  const Vec r = fma(k, set1(2.12194440e-4f), fma(k, set1(-0.693359375f), bounded));
-  const Vec p = fma(r * r, polynomial(r, kTerms), r) + set1(1.0f);
+  Vec p;
+  if (Short) {
+    const Vec r = fma(k, set1(-0.693147181f), bounded);
+    p = fma(r * r, polynomial(r, kShortExp), r) + set1(1.0f);
+  } else {
+    const Vec r = fma(k, set1(2.12194440e-4f), fma(k, set1(-0.693359375f), bounded));
+    p = fma(r * r, polynomial(r, kTerms), r) + set1(1.0f);
+  }
   const Vec e = p * Vec{(Floats)((n + 127) << 23)};
   return {x.v < set1(kLeast).v ? zero().v : e.v};
 }

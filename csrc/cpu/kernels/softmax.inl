@@ -1,8 +1,38 @@
 // softmax and log_softmax along the last dimension, or along one with others behind it.
 #include "cpu/kernels/rows.inl"
 
+// Rows of at most this many elements keep their exponentials: computing them twice takes longer.
+constexpr i64 kKept = 32768;
+
+template <bool Stream, class T>
+APART void softmax_kept(const T* x, T* y, i64 n) {
+  constexpr bool Short = sizeof(T) == 2;
+  float kept[kKept];
+  Vec top[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
+  sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+    top[k] = larger(top[k], or_else(get(x + i, lanes), lanes, -kInf));
+  });
+  Online state;
+  state.raise(largest(larger(larger(top[0], top[1]), larger(top[2], top[3]))));
+  const Vec base = set1(state.base());
+  for (i64 at = 0; at < n; at += kSpan) {
+    Vec acc[4] = {zero(), zero(), zero(), zero()};
+    sweep(least(kSpan, n - at), [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+      const Vec e = exp_down<Short>(get(x + at + i, lanes) - base);
+      put<false>(kept + at + i, e, lanes);
+      acc[k] = acc[k] + only(e, lanes);
+    });
+    state.sum += total(acc);
+  }
+  const Vec scale = set1(float(1.0 / state.sum));
+  sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+    put<Stream>(y + i, get(kept + i, lanes) * scale, lanes);
+  });
+}
+
 template <bool Log, bool Stream, class T>
 APART void softmax_row(const T* x, T* y, i64 n) {
+  if (!Log && n <= kKept) return softmax_kept<Stream>(x, y, n);
   const Online state = log_sum_exp(x, n, Same{});
   const Split split(state.result());
   const Vec base = set1(state.base()), scale = set1(float(1.0 / state.sum));

@@ -75,24 +75,19 @@ def _worth_it(op: Op, args: tuple) -> bool:
 
 
 def rivals(op: Op, args: tuple) -> list[Backend]:
-    """The backends that can serve a call, the default first; the reference never wins."""
-    serving = [
-        b
-        for b in op.backends.values()
-        if b.name != "reference" and b.missing is None and b.supports(*args) is None
-    ]
-    return serving
+    """The backends that can serve a call; the reference never wins."""
+    found = [op.named(name, args) for name in op.backends if name != "reference"]
+    return [run for run in found if run is not None]
 
 
 class _Fixed:
     """Stands in for an op's routes: asks as much as they do, and always answers the same."""
 
-    def __init__(self, run: Backend | None) -> None:
+    def __init__(self, run: Backend) -> None:
         self.run = run
 
-    def find(self, args: tuple, training: bool | None = None) -> Backend | None:
-        routes.call_key(args, training)
-        return self.run
+    def find(self, args: tuple, training: bool | None = None) -> tuple[Backend, bool]:
+        return self.run, bool((routes.call_key(args, training) or 0) & 1)
 
 
 def _trial(seen: Sighting) -> Callable[[], Trial]:
@@ -107,20 +102,15 @@ def _trial(seen: Sighting) -> Callable[[], Trial]:
         device = next(args[i].device for i in op.tensors if isinstance(args[i], Tensor))
         sets = min(_MOST_SETS, rotation(size_of((args, upstream)), device))
         inputs = copies((args, upstream), sets)
-        default, *others = rivals(op, args)
-        calls = {default.name: None, **{b.name: b for b in others}}
-        return Trial(
-            {
-                name: _factory(op, run, inputs, wanted if training else None)
-                for name, run in calls.items()
-            },
-            sets,
-        )
+        usual = op.default(args, training).name
+        runs = sorted(rivals(op, args), key=lambda run: run.name != usual)  # the default first
+        calls = {b.name: _factory(op, b, inputs, wanted if training else None) for b in runs}
+        return Trial(calls, sets)
 
     return make
 
 
-def _factory(op: Op, run: Backend | None, inputs: list[tuple], wanted: list[int] | None) -> Factory:
+def _factory(op: Op, run: Backend, inputs: list[tuple], wanted: list[int] | None) -> Factory:
     """A call as the table would have it run, the price of asking the table included."""
     fixed: Any = _Fixed(run)
 
@@ -159,7 +149,7 @@ class _Recorder:
     def __init__(self, op: Op, into: dict[tuple[str, str], Sighting]) -> None:
         self.op, self.into = op, into
 
-    def find(self, args: tuple, training: bool | None = None) -> Backend | None:
+    def find(self, args: tuple, training: bool | None = None) -> None:
         number = routes.call_key(args, training)
         device = None if number is None else routes.device_of(self.op, args)
         if number is not None and device is not None:
@@ -168,10 +158,9 @@ class _Recorder:
                 self.op.check(*args)
                 key = (f"{self.op.name}.{direction}", f"{number}")
             except (AttributeError, TypeError, ValueError):
-                return None
+                return
             if key not in self.into:
                 self.into[key] = Sighting(self.op, _rebuild(args), direction, device)
-        return None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""An op's calls -> the backend that won, in a quarter of a microsecond.
+"""An op's calls -> the backend to run, in a quarter of a microsecond.
 
 A call is one number first (csrc/call_key.cpp: shapes, dtypes, strides, devices, other arguments,
-whether gradients are wanted, threads). A number not seen before becomes a key of the table, in
-which sizes fall into buckets; the answer is remembered for that number.
+whether gradients are wanted, threads). A number not seen before is checked and becomes a key of the
+table, in which sizes fall into buckets; the answer, or the op's own default where the table has
+none, is remembered for that number.
 """
 
 from collections.abc import Callable
@@ -24,13 +25,7 @@ _MOST = (
     4096  # calls remembered by an op: a model whose shapes never repeat must not fill the memory
 )
 
-_C.bind_call_key(
-    torch.Tensor,
-    torch.nn.Parameter,
-    torch.is_grad_enabled,
-    torch.get_num_threads,
-    torch._C._get_deterministic_algorithms,
-)
+_C.bind_call_key(torch._C._get_deterministic_algorithms)
 call_key = _C.call_key
 
 
@@ -77,24 +72,24 @@ def _sizes(shape: Any) -> str:
 
 
 class Routes:
-    """What an op knows of the table. `find(args)` is the backend to take instead of the default."""
+    """Which backend each call of an op runs on: measured to win, else the op's default."""
 
     def __init__(self, op: "Op") -> None:
         self.op = op
-        self.known: dict[int, Backend | None] = {}
+        self.known: dict[int, tuple[Backend, bool]] = {}
         table.listen(self.reset)
 
     def reset(self) -> None:
         """Forgets, because the table has changed."""
         self.known.clear()
-        self.op.routes = self.initial()
+        self.op.routes = None if self.op.fast and table.MODE == "off" else self
 
-    def initial(self) -> "Routes | None":
-        """These routes, or None where there is no table to ask."""
-        return None if table.MODE == "off" else self
+    def find(self, args: tuple, training: bool | None = None) -> "tuple[Backend, bool] | None":
+        """(backend, whether gradients are wanted) of a call whose arguments are right.
 
-    def find(self, args: tuple, training: bool | None = None) -> "Backend | None":
-        """The backend that was measured to win, or None: the default one. Never raises."""
+        None: no ordinary call, or a wrong one. `training` says the direction where the tensors and
+        the grad mode do not. Never raises.
+        """
         key = call_key(args, training)
         if key is None:
             return None
@@ -103,31 +98,26 @@ class Routes:
         except KeyError:
             return self._look(key, args)
 
-    def _look(self, key: int, args: tuple) -> "Backend | None":
+    def _look(self, key: int, args: tuple) -> "tuple[Backend, bool] | None":
         op = self.op
         device = device_of(op, args)
         if device is None:
             return None
-        direction = TRAINING if key & 1 else FORWARD
+        training = bool(key & 1)
         try:
             op.check(*args)
-            value = lookup(op, args, device, direction)
+            value = lookup(op, args, device, TRAINING if training else FORWARD)
             if value is None and table.MODE == "on":
-                value = _measure(op, args, direction)
-            default = op.default(args)
+                value = _measure(op, args, TRAINING if training else FORWARD)
+            run = op.named(value, args) or op.default(args, training)
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return None  # the general path explains what is wrong
-        run = None
-        if value is not None and value != default.name:
-            named = op.backends.get(value)
-            if named is not None and named.missing is None and named.supports(*args) is None:
-                run = named
         if len(self.known) >= _MOST:
             self.known.clear()
-        self.known[key] = run
-        if run is None and _settled() and not _mentioned(op):
-            op.routes = None  # nothing to find, now or later: no call pays for asking
-        return run
+        self.known[key] = found = run, training
+        if op.fast and _settled() and not _mentioned(op):
+            op.routes = None  # its fast calls need nobody to ask: there is nothing to find
+        return found
 
 
 def _measure(op: "Op", args: tuple, direction: str) -> Any:

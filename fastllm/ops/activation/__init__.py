@@ -1,11 +1,25 @@
 """silu, gelu, relu2, and the gated products swiglu and geglu: fused forward and backward."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fastllm.core.dispatch import define
-from fastllm.core.op import Op
+from fastllm.core.op import Op, smaller
 from fastllm.ops.activation import cpu, reference, spec, stock, triton
 from fastllm.ops.activation.cases import cases
+
+# elements, from which the kernels win back what a call from Python costs more than torch's own
+SMALL = {"silu": (1 << 14, 1 << 18), "relu2": (1 << 14, 1 << 15), "swiglu": (1 << 13, 1 << 15)}
+
+
+def _gelu_stock_first(training: bool, input: Tensor, *_: Any) -> bool:
+    """oneDNN's gelu, which looks its polynomials up, is faster than ours as long as it need not
+    wait for memory: in 16 bits always.
+    """
+    large = input.dtype == torch.float32 and input.numel() >= 1 << 22
+    return input.is_cpu and torch.backends.mkldnn.is_available() and not large
 
 
 def _register(name: str) -> Op:
@@ -25,6 +39,7 @@ def _register(name: str) -> Op:
         fake_backward=spec.fake_gated_backward if gated else spec.fake_unary_backward,
         cost=spec.cost_gated if gated else spec.cost_unary,
         cases=cases(name),
+        stock_first=_gelu_stock_first if name == "gelu" else smaller(*SMALL.get(name, (0, 0))),
     )
 
 

@@ -8,10 +8,11 @@ from torch import Tensor
 from fastllm.core.backend import Backend
 from fastllm.core.dispatch import define
 from fastllm.core.op import Op
-from fastllm.ops.matmul import cpu, reference, spec, stock, triton
+from fastllm.ops.matmul import cpu, packed, reference, spec, stock, triton
 from fastllm.ops.matmul.cases import cases
 from fastllm.ops.matmul.packed import prepack as prepack
 from fastllm.ops.matmul.packed import unpack as unpack
+from fastllm.ops.matmul.worth import STOCK_FIRST
 
 TABLES = (cpu.BACKENDS, cpu.ONEDNN, triton.BACKENDS, stock.BACKENDS)
 
@@ -19,10 +20,20 @@ TABLES = (cpu.BACKENDS, cpu.ONEDNN, triton.BACKENDS, stock.BACKENDS)
 class ProductOp(Op):
     """An op made of products: unforced on a CPU, each of them runs on the library chosen for it."""
 
-    def default(self, args: tuple) -> Backend:
+    def run(self, run: Backend, training: bool, args: tuple) -> Any:
+        """A weight that was packed for our kernel is for it, whatever its size is worth."""
+        if packed.PACKS and run.name == "torch" and packed.pointer(args[1]):
+            run = self.named("cpu", args) or run
+        return super().run(run, training, args)
+
+    def named(self, name: str | None, args: tuple) -> Backend | None:
+        """Measured to win, "cpu" means the choice by product."""
+        run = super().named(name, args)
+        return cpu.AUTO[self.name] if run is not None and name == "cpu" else run
+
+    def first(self, args: tuple) -> Backend:
         """The choice by product where it can serve, else the first that can."""
-        auto = cpu.AUTO[self.name]
-        return auto if auto.supports(*args) is None else super().default(args)
+        return self.named("cpu", args) or super().first(args)
 
 
 def _register(name: str, **facts: Any) -> Op:
@@ -30,6 +41,7 @@ def _register(name: str, **facts: Any) -> Op:
     backends = [table[name] for table in TABLES if name in table]
     facts.update(family="matmul", schema=spec.SCHEMAS[name], cases=cases(name))
     facts["autocast_composite"] = ("cpu", "cuda")
+    facts["stock_first"] = STOCK_FIRST[name]
     return define(name, backends, reference, kind=ProductOp, **facts)
 
 

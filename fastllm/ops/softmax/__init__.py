@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastllm.core.dispatch import define
-from fastllm.core.op import Op
+from fastllm.core.op import Op, smaller
 from fastllm.ops.softmax import cpu, reference, spec, stock, triton
 from fastllm.ops.softmax.cases import cases
 
@@ -28,6 +28,7 @@ def _register(name: str) -> Op:
         cost=spec.cost,
         cases=cases(),
         autocast={"cuda": torch.float32},
+        stock_first=smaller(1 << 15, 1 << 18),
     )
 
 
