@@ -6,6 +6,7 @@ Every function takes `backend=` to force an implementation; without it, the best
 from fastllm.ops.activation import geglu, gelu, relu2, silu, swiglu
 from fastllm.ops.attention import (
     attention_varlen,
+    attention_with_kv_cache,
     merge_attention,
     scaled_dot_product_attention,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention_varlen",
+    "attention_with_kv_cache",
     "cpo_loss",
     "cross_entropy",
     "distillation_loss",

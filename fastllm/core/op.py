@@ -64,6 +64,8 @@ class Op:
                        fastest; for eager calls that no table knows
     hidden             results after the `outputs` that only backward reads (a log-sum-exp, say);
                        callers never see them, composite backends do not make them
+    call               call(*args): the public function's call, without arguments; None: that of
+                       functional's function of this name, by the schema's names
     """
 
     name: str
@@ -89,6 +91,7 @@ class Op:
     key: Callable[..., str] | None = None
     hidden: int = 0
     stock_first: Callable[..., bool] | None = None
+    call: Callable[..., Callable[[], Any]] | None = None
 
     def __post_init__(self) -> None:
         found = {b.name: b for b in self.implementations}

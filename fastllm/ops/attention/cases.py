@@ -17,7 +17,6 @@ DTYPES = (FP32, BF16, FP16)
 Sizes = tuple[int, int, int, int, int, int, int]
 # every length, T != S both ways, every width, each with a mask and options that take turns
 SIZES: tuple[Sizes, ...] = (
-    (2, 2, 1, 1, 1, 16, 16),
     (1, 2, 2, 2, 3, 40, 40),
     (2, 4, 2, 3, 2, 64, 64),
     (1, 2, 1, 17, 64, 80, 80),
@@ -41,6 +40,8 @@ SEED = 0x1234_5678_9ABC_DEF1
 
 def cases(op: str) -> tuple[Case, ...]:
     """All cases of one op of the family."""
+    if op == "attention_cache":
+        return tuple(itertools.chain(_cache_bench(), _cache()))
     if "varlen" in op:
         return tuple(itertools.chain(_varlen_bench(op), _varlen()))
     return tuple(itertools.chain(_bench(op), _dense(op)))
@@ -64,7 +65,8 @@ def _bench(op: str) -> Iterator[Case]:
 
 
 def _dense(op: str) -> Iterator[Case]:
-    for dtype in (FP32, BF16, FP64):  # the first of each dtype has every argument
+    yield _case((2, 4, 2, 5, 7, 8, 8), FP32, "bottom", "cap", tags={"quick"})
+    for dtype in (FP32, BF16, FP64):  # with every argument
         yield _case((2, 4, 2, 5, 7, 8, 8), dtype, "add", "all", tags={"quick"})
     if op != "attention":  # what an lse changes is the same everywhere
         for mask, option in (("causal", "plain"), ("none", "sinks"), ("blind", "cap")):
@@ -78,6 +80,8 @@ def _dense(op: str) -> Iterator[Case]:
     for sizes, dtype in itertools.product(SIZES, DTYPES):
         yield _case(sizes, dtype, next(masks), next(options), tags={"quick"})
         next(options)  # so that in time every mask meets every option
+    for dtype in DTYPES:  # with a sink: the gradient of one key alone is 0, and all of it is error
+        yield _case((2, 2, 1, 1, 1, 16, 16), dtype, "none", "sinks", tags={"quick"})
     for mask in MASKS:
         yield _case((2, 4, 2, 70, 65, 32, 32), FP32, mask, tags={"quick"})
         yield _case((1, 2, 1, 65, 130, 64, 64), BF16, mask, tags={"quick"})
@@ -85,7 +89,8 @@ def _dense(op: str) -> Iterator[Case]:
         yield _case((1, 4, 2, 66, 68, 32, 32), FP32, "causal", option, tags={"quick"})
     for layout in ("transposed", "expanded", "sliced"):
         yield _case((2, 4, 2, 37, 41, 32, 32), FP32, "causal", layout=layout, tags={"quick"})
-    for values, dtype in itertools.product(("equal", "large", "huge"), DTYPES):
+    hostile = [*itertools.product(("equal", "large"), DTYPES), ("huge", FP16)]
+    for values, dtype in hostile:
         yield _case((1, 2, 1, 33, 70, 64, 64), dtype, "causal", values=values, tags={"adversarial"})
     for sizes, dtype in itertools.product(LONG, DTYPES):
         yield _case(sizes, dtype, "causal", tags={"quick"} if dtype == BF16 else {"bench"})
@@ -178,7 +183,7 @@ def _options(
     dtype: torch.dtype,
     generator: torch.Generator,
     d: int,
-    window: tuple[int, int, int],
+    window: tuple[int, ...],
 ) -> tuple:
     """All arguments after the mask."""
     every = option == "all"
@@ -215,6 +220,7 @@ def _varlen_bench(op: str) -> Iterator[Case]:
 
 
 def _varlen() -> Iterator[Case]:
+    yield _packed((2, 1, 4, 4, (3, 2), (4, 2)), FP32, "bottom", "cap", tags={"quick"})
     for dtype in (FP32, BF16, FP64):
         yield _packed((2, 1, 4, 4, (3, 2), (4, 2)), dtype, "bottom", "all", tags={"quick"})
     kinds = itertools.cycle(("none", "causal", "bottom", "window"))
@@ -248,3 +254,59 @@ def _packed(
 
     name = f"h{h}g{g}d{d}" + f"v{dv}" * (dv != d) + f"-{len(ts)}x{max(ts)}-{NAMES[dtype]}-{kind}"
     return Case(name + f"-{option}" * (option != "plain"), dtype, build, frozenset(tags))
+
+
+# ---- a cache
+
+# B, H, G, T, S_max, D, Dv, page (0: contiguous)
+CACHES: tuple[tuple[int, ...], ...] = (
+    (3, 4, 2, 1, 130, 64, 64, 0),
+    (2, 4, 1, 3, 70, 40, 80, 0),
+    (2, 8, 2, 1, 300, 128, 128, 16),
+    (2, 2, 2, 17, 64, 16, 16, 32),
+)
+
+
+def _cache_bench() -> Iterator[Case]:
+    for dtype in (BF16, FP16):
+        yield _cached((1, 32, 8, 1, 4096, 128, 128, 0), dtype, full=True, tags={"bench"})
+        yield _cached((8, 32, 8, 1, 1024, 128, 128, 16), dtype, tags={"bench"})
+
+
+def _cache() -> Iterator[Case]:
+    for dtype in (FP32, BF16, FP64):
+        yield _cached((2, 4, 2, 2, 9, 8, 8, 3), dtype, "all", tags={"quick"})
+    options = itertools.cycle(("plain", "sinks", "cap", "alibi", "window"))
+    for sizes, dtype in itertools.product(CACHES, DTYPES):
+        yield _cached(sizes, dtype, next(options), tags={"quick"})
+    yield _cached((2, 2, 1, 1, 64, 32, 32, 0), FP32, full=True, tags={"quick"})
+
+
+def _cached(
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    option: str = "plain",
+    full: bool = False,
+    tags: set[str] = frozenset(),  # type: ignore[assignment]
+) -> Case:
+    b, h, g, t, room, d, dv, page = sizes
+
+    def build(generator: torch.Generator) -> tuple:
+        count = -(-room // page) if page else 0
+        lead = (b * count, g, page) if page else (b, g, room)
+        q = torch.randn((b, h, t, d), generator=generator).to(dtype)
+        k = torch.randn((*lead, d), generator=generator).to(dtype)
+        v = torch.randn((*lead, dv), generator=generator).to(dtype)
+        used = torch.randint(t, room + 1, (b,), generator=generator)
+        used = torch.full_like(used, room) if full else used
+        table = None
+        if page:
+            table = torch.randperm(b * count, generator=generator).view(b, count).int()
+        left = 5 if option in ("window", "all") else -1
+        rest = _options("plain" if option == "window" else option, b, h, dtype, generator, d, ())
+        slopes, sinks, _, _, scale, softcap = rest
+        return (q, k, v, used.int(), table, slopes, sinks, scale, left, 0, softcap)
+
+    name = f"b{b}h{h}g{g}t{t}s{room}d{d}" + f"v{dv}" * (dv != d) + f"p{page}" * (page > 0)
+    name += f"-{NAMES[dtype]}-{option}" + "-full" * full
+    return Case(name, dtype, build, frozenset(tags))

@@ -13,11 +13,11 @@ from torch import Tensor
 from fastllm.core.backend import Backend
 from fastllm.core.dispatch import define
 from fastllm.core.op import Op
-from fastllm.ops.attention import reference, spec, stock
+from fastllm.ops.attention import cache, reference, spec, stock, triton
 from fastllm.ops.attention.cases import cases
 
 # kernels by the name of the op: Backend(name, forward, the backward above, supports, available)
-KERNELS: tuple[dict[str, Backend], ...] = ()
+KERNELS: tuple[dict[str, Backend], ...] = (triton.BACKENDS,)
 
 
 def _without_lse(backend: Backend) -> Backend:
@@ -84,4 +84,22 @@ attention_op, attention_lse_op = _dense("attention"), _dense("attention_lse")
 attention_varlen_op, attention_varlen_lse_op = (
     _varlen("attention_varlen"),
     _varlen("attention_varlen_lse"),
+)
+attention_cache_op = define(
+    "attention_cache",
+    (*[table["attention_cache"] for table in KERNELS if "attention_cache" in table], cache.STOCK),
+    cache,
+    family="attention",
+    schema=cache.SCHEMA,
+    tensors=(0, 1, 2, 3, 4, 5, 6),
+    saved=lambda args, results: args[:1],
+    saved_tensors=(0,),
+    gradients={},
+    outputs=2,
+    check=cache.check,
+    fake=cache.fake,
+    fake_backward=lambda query: (),
+    cost=cache.cost,
+    cases=cases("attention_cache"),
+    key=cache.word,
 )

@@ -231,9 +231,9 @@ def _check_ends(name: str, cu: Any, most: int, rows: int) -> None:
     require_tensors(**{name: cu})
     if cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] < 1:
         raise ValueError(f"{name}: expected an int32 tensor of shape [B + 1], found {describe(cu)}")
-    if not cu.is_cpu or type(cu) is not Tensor or torch.compiler.is_compiling():
+    ends = host_values(cu)
+    if ends is None:
         return
-    ends = cu.tolist()
     sizes = [b - a for a, b in itertools.pairwise(ends)]
     if ends[0] != 0 or ends[-1] != rows or any(s < 0 for s in sizes):
         raise ValueError(f"{name}: expected to ascend from 0 to {rows} tokens, found {ends}")
@@ -242,6 +242,15 @@ def _check_ends(name: str, cu: Any, most: int, rows: int) -> None:
             f"max_seqlen_{name[-1]}: expected at least {max(sizes)}, the longest sequence, "
             f"found {most}"
         )
+
+
+def host_values(tensor: Tensor) -> Any:
+    """A tensor's values where reading them costs no synchronization, else None."""
+    if not tensor.is_cpu or type(tensor) is not Tensor or torch.compiler.is_compiling():
+        return None
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return None
+    return tensor.tolist()
 
 
 # ---- fake kernels
