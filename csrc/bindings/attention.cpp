@@ -51,7 +51,7 @@ Call read_call(Reader& in, double scale, double softcap, double dropout) {
   c.seed = in.next();
   c.first_batch = in.next();
   c.threads = int(in.next());
-  c.scale = float(scale);
+  c.scale = scale;
   c.softcap = float(softcap);
   c.dropout = dropout;
   return c;
@@ -66,7 +66,7 @@ void attention_bwd(ptr packed, double scale, double softcap, double dropout) {
   Reader in{at<const int64_t>(packed)};
   attention::Gradient grad{};
   grad.call = read_call(in, scale, softcap, dropout);
-  for (Rows* rows : {&grad.grad_out, &grad.grad_lse, &grad.delta, &grad.dq, &grad.dk, &grad.dv})
+  for (Rows* rows : {&grad.grad_out, &grad.grad_lse, &grad.sink, &grad.dq, &grad.dk, &grad.dv})
     *rows = in.rows();
   grad.dmask = in.pointer<float>();
   for (int64_t* stride : {&grad.dmask_b, &grad.dmask_h, &grad.dmask_row}) *stride = in.next();

@@ -30,7 +30,8 @@ struct Call {
   const float* slopes;  // [b or 1][h] or null
   int64_t slopes_b;
   const float* sinks;  // [h] or null
-  float scale, softcap;
+  double scale;
+  float softcap;
   int64_t left, right, diagonal;
   bool bottom_right;  // the diagonal of a sequence is its keys minus its queries
   double dropout;
@@ -38,12 +39,12 @@ struct Call {
   int threads;
 };
 
-// grad_out, grad_lse (null: none), delta (fp32, as lse: room for sum(out grad_out) - grad_lse);
+// grad_lse, sink: fp32, as lse, or null. sink takes what each query adds to its sink's gradient.
 // dmask: fp32 [b][h][t][s] by its strides, zeroed by the caller, or null. room: backward_room()
-// floats.
+// floats, or null.
 struct Gradient {
   Call call;
-  Rows grad_out, grad_lse, delta, dq, dk, dv;
+  Rows grad_out, grad_lse, sink, dq, dk, dv;
   float* dmask;
   int64_t dmask_b, dmask_h, dmask_row;
   float* room;

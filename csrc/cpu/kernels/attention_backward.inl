@@ -21,8 +21,8 @@ struct BackwardPlan {
         grid(c, C),
         keys(most(1, least(kKeys, c.s))),
         tiles(ceil_div(c.s, keys)),
-        k(keys, c.d),
-        v(keys, c.dv) {
+        k(keys, c.d, chain_of(c)),
+        v(keys, c.dv, chain_of(c)) {
     rows = touched(k, keys);
     k_panels = ceil_div(c.d, C);
     v_panels = ceil_div(c.dv, C);
@@ -42,12 +42,12 @@ struct BackwardPlan {
   i64 right_room() const { return (E::words(c.d) + E::words(c.dv)) * C; }
   i64 across_room() const { return (k_panels + v_panels) * kDeep * C; }
   i64 panel_room() const {
-    return i64(sizeof(Panel<C>)) / 4 + 2 * C + right_room() + across_room() +
+    return i64(sizeof(Panel<C>)) / 4 + 4 * C + right_room() + across_room() +
            k.turned_rows() * C;
   }
   i64 slot_room() const {
     return strip * panel_room() + k.room() + k.turned_room() + v.room() +
-           2 * kBlock * rows * kDeep + 4 * rows * C + copy_room();
+           2 * kBlock * rows * kDeep + (4 * rows + E::words(c.dv)) * C + copy_room();
   }
   // Where each task of a key head has sums of its own, all are kept until they are added.
   i64 all_sums() const { return chunks > 1 ? c.b * c.g * chunks * sums_room() : 0; }
@@ -55,38 +55,38 @@ struct BackwardPlan {
   i64 room() const { return all_sums() + threads * (slot_room() + own_sums()) + 64; }
 };
 
-// out grad_out - grad_lse of a row, 0 where nothing was seen.
-template <class T>
-APART float row_delta(const T* out, const T* grad_out, i64 n) {
-  Vec acc[4] = {zero(), zero(), zero(), zero()};
-  sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
-    acc[k] = fma(get(out + i, lanes), get(grad_out + i, lanes), acc[k]);
-  });
-  return total(acc);
-}
-
-template <class T>
-APART void all_deltas(const Gradient& a) {
-  const Call& c = a.call;
-  constexpr i64 kRows = 64;
-  const i64 strips = ceil_div(c.t, kRows);
-  const i64 bytes = c.b * c.h * c.t * c.dv * 2 * i64(sizeof(T));
-  parallel_for(c.b * c.h * strips, useful_threads(bytes, c.threads), [&](i64 task) {
-    const Sequence q(c, task / strips / c.h);
-    const i64 h = task / strips % c.h, from = task % strips * kRows;
-    for (i64 i = from; i < least(q.t, from + kRows); ++i) {
-      float delta = row_delta(row_at<T>(c.out, q, h, i), row_at<T>(a.grad_out, q, h, i), c.dv);
-      if (a.grad_lse.data) delta -= *row_at<float>(a.grad_lse, q, h, i);
-      if (*row_at<float>(c.lse, q, h, i) == -kInf) delta = 0.0f;
-      *row_at<float>(a.delta, q, h, i) = delta;
+// The products of two right sides of `words` words, summed over these as the microkernels sum: equal
+// sums cancel exactly in dP - delta.
+template <class E>
+APART void lane_products(const float* a, const float* b, i64 words, i64 chain, float* out) {
+  constexpr int C = E::kCols;
+  for (int v = 0; v < C; v += W) {
+    Vec sum = zero();
+    for (i64 from = 0; from < words; from += chain) {
+      Vec part = zero();
+      for (i64 w = from; w < least(words, from + chain); ++w) {
+        const Vec x = load(a + w * C + v), y = load(b + w * C + v);
+        if constexpr (Traits<E>::kPairs) {
+          const Ints high = (Ints)set1(0.0f).v | int32_t(0xffff0000);
+          part = fma({(Floats)((Ints)x.v << 16)}, {(Floats)((Ints)y.v << 16)}, part);
+          part = fma({(Floats)((Ints)x.v & high)}, {(Floats)((Ints)y.v & high)}, part);
+        } else {
+          part = fma(x, y, part);
+        }
+      }
+      sum = sum + part;
     }
-  });
+    store(out + v, sum);
+  }
 }
 
 // What a panel keeps for the tiles it meets.
 template <int C>
 struct Upstream {
-  float *lse, *delta;    // [C]: log2 of the denominator, +inf where there is none
+  // [C]: about the denominator's log2 for each key, so that exponents are small and round little,
+  // +inf where there is none; and the factor that is missing.
+  float *lse, *weight;
+  float *delta, *total;  // [C]: what is subtracted from dP, and the sum of the probabilities
   float *q, *dout;       // right sides of the products with keys and values
   float *q_across, *dout_across;  // right sides of the products with probabilities
   float* dq;
@@ -102,14 +102,15 @@ APART void differentiate(float* s, float* d, i64 n, i64 rows, float factor,
   constexpr int C = E::kCols;
   constexpr int kDegree = Traits<E>::kDegree;
   const Vec scale = set1(factor);
-  Vec lse[kVectors], delta[kVectors];
+  Vec lse[kVectors], weight[kVectors], delta[kVectors];
   for (int j = 0; j < kVectors; ++j) {
     lse[j] = neg(load(up.lse + j * W));
+    weight[j] = load(up.weight + j * W);
     delta[j] = load(up.delta + j * W);
   }
   // probabilities and gradients of one vector
   const auto both = [&](i64 r, int j, Vec& p, Vec& dx) INLINE_LAMBDA {
-    p = exp2_of<kDegree>(fma(load(s + r * C + j * W), scale, lse[j]));
+    p = exp2_of<kDegree>(fma(load(s + r * C + j * W), scale, lse[j])) * weight[j];
     const Vec dp = load(d + r * C + j * W);
     if constexpr (Whole) {
       dx = p * (dp - delta[j]);
@@ -170,7 +171,7 @@ struct Backward {
   // Parts of a slot.
   struct Room {
     Panel<C>* panels;
-    float *strip, *k, *k_turned, *v, *left_p, *left_d, *s, *d, *bias, *slope, *sums;
+    float *strip, *k, *k_turned, *v, *left_p, *left_d, *s, *d, *bias, *slope, *out, *sums;
     T* copy;
   };
   Room room(float* at) const {
@@ -188,16 +189,19 @@ struct Backward {
     r.d = r.s + plan.rows * C;
     r.bias = r.d + plan.rows * C;
     r.slope = r.bias + plan.rows * C;
-    r.copy = (T*)(r.slope + plan.rows * C);
-    r.sums = r.slope + plan.rows * C + plan.copy_room();
+    r.out = r.slope + plan.rows * C;
+    r.copy = (T*)(r.out + E::words(c.dv) * C);
+    r.sums = (float*)r.copy + plan.copy_room();
     return r;
   }
   Upstream<C> upstream(const Room& r, i64 i) const {
     float* at = r.strip + i * (plan.panel_room() - i64(sizeof(Panel<C>)) / 4);
     Upstream<C> u;
     u.lse = at;
-    u.delta = at + C;
-    u.q = at + 2 * C;
+    u.weight = at + C;
+    u.delta = at + 2 * C;
+    u.total = at + 3 * C;
+    u.q = at + 4 * C;
     u.dout = u.q + E::words(c.d) * C;
     u.q_across = u.dout + E::words(c.dv) * C;
     u.dout_across = u.q_across + plan.k_panels * kDeep * C;
@@ -219,14 +223,54 @@ struct Backward {
     make_panel(c, q, plan.grid, g, index, p);
     if (p.rows == 0) return;
     const Upstream<C> u = upstream(r, i);
+    const double worth = exponent_worth(c);
     for (int l = 0; l < C; ++l) {
       const float lse = l < p.rows ? *row_at<float>(c.lse, q, p.head[l], p.at[l]) : -kInf;
-      u.lse[l] = lse == -kInf ? kInf : lse * kLog2e;
-      u.delta[l] = l < p.rows ? *row_at<float>(a.delta, q, p.head[l], p.at[l]) : 0.0f;
+      const double bits = lse / worth;
+      u.lse[l] = lse == -kInf ? kInf : float(bits - __builtin_log2(double(p.last[l] - p.first[l] + 1)));
+      u.weight[l] = lse == -kInf ? 1.0f : float(__builtin_exp2(double(u.lse[l]) - bits));
     }
     pack_rows_of(c.q, q, p, c.d, r.copy, u.q, u.q_across);
     pack_rows_of(a.grad_out, q, p, c.dv, r.copy, u.dout, u.dout_across);
+    if (precise()) {
+      for (int l = 0; l < C; ++l) u.delta[l] = u.total[l] = 0.0f;
+    } else {
+      with_rows<E>(c.out, q, p, c.dv, r.copy, [&](const T* src, i64 step) {
+        E::pack_right(src, step, 1, p.rows, c.dv, E::words(c.dv), r.out);
+      });
+      lane_products<E>(r.out, u.dout, E::words(c.dv), plan.v.chain, u.delta);
+    }
     for (i64 at = 0; at < plan.k.turned_rows() * C; at += W) store(u.dq + at, zero());
+  }
+
+  // Are delta and the denominator summed again over the keys? The output and lse have them, but
+  // rounded. What these gradients are compared with is not, and short rows are soon done.
+  bool precise() const {
+    const bool few = std::is_same_v<T, float> && c.t * c.s <= 2048;
+    return few || c.sinks || c.dropout > 0 || a.dmask;
+  }
+
+  void finish_delta(const Sequence& q, const Panel<C>& p, const Upstream<C>& u) const {
+    const double worth = exponent_worth(c);
+    for (int l = 0; l < C; ++l) {
+      if (l >= p.rows || u.lse[l] == kInf) {
+        u.delta[l] = 0.0f;
+        if (l < p.rows && a.sink.data) *row_at<float>(a.sink, q, p.head[l], p.at[l]) = 0.0f;
+        continue;
+      }
+      double share = 0;
+      if (c.sinks)
+        share = __builtin_exp2(c.sinks[p.head[l]] / worth - double(u.lse[l])) * u.weight[l];
+      if (precise()) {
+        const double total = double(u.total[l]) + share;
+        u.weight[l] = float(u.weight[l] / total);
+        u.delta[l] = float(u.delta[l] / total);
+        share /= total;
+      }
+      if (a.grad_lse.data) u.delta[l] -= *row_at<float>(a.grad_lse, q, p.head[l], p.at[l]);
+      if (a.sink.data)
+        *row_at<float>(a.sink, q, p.head[l], p.at[l]) = -float(share * double(u.delta[l]));
+    }
   }
 
   void write_mask(const Sequence& q, const Panel<C>& p, i64 j0, i64 n, const float* dx) const {
@@ -242,27 +286,53 @@ struct Backward {
       }
   }
 
+  // Scores and dP of one panel and one tile; false: nothing is seen.
+  bool multiply(const Room& r, i64 i, i64 j0, i64 n, float* s, float* d) const {
+    const Panel<C>& p = r.panels[i];
+    if (p.to <= j0 || p.from >= j0 + n) return false;
+    const Seen sight = seen(c, p, j0, n);
+    if (sight == kNoneSeen) return false;
+    const Upstream<C> u = upstream(r, i);
+    scores_of<E>(plan.k, n, r.k, u.q, s);
+    scores_of<E>(plan.v, n, r.v, u.dout, d);
+    shape_tile(c, p, sight, s, r.bias, c.softcap > 0 ? r.slope : nullptr, j0, n);
+    return true;
+  }
+
+  // delta += the probabilities of a tile times dP.
+  void add_delta(const Room& r, i64 i, i64 j0, i64 n) const {
+    if (!multiply(r, i, j0, n, r.s, r.d)) return;
+    const Panel<C>& p = r.panels[i];
+    const Upstream<C> u = upstream(r, i);
+    const Keep keep(c.dropout);
+    const Vec factor = set1(exponent_factor(c));
+    for (int v = 0; v < C; v += W) {
+      const Words key = (Words)load((const float*)p.key + v).v;
+      const Words other = (Words)load((const float*)p.other + v).v;
+      const Vec lse = neg(load(u.lse + v)), weight = load(u.weight + v);
+      Vec sum = zero(), total = zero();
+      for (i64 row = 0; row < n; ++row) {
+        const Vec t = fma(load(r.s + row * C + v), factor, lse);
+        Vec e = exp2_of<Traits<E>::kDegree>(t) * weight;
+        total = total + e;
+        if (c.dropout > 0) e = e * keep(key, other, j0 + row);
+        sum = fma(e, load(r.d + row * C + v), sum);
+      }
+      store(u.delta + v, load(u.delta + v) + sum);
+      store(u.total + v, load(u.total + v) + total);
+    }
+  }
+
   // Probabilities and gradients of scores of one panel and one tile, and what they add to dq.
   bool meet(const Sequence& q, const Room& r, i64 i, i64 j0, i64 n, float* left_p,
             float* left_d) const {
     const Panel<C>& p = r.panels[i];
-    const Seen sight = seen(c, p, j0, n);
-    if (sight == kNoneSeen) return false;
     const Upstream<C> u = upstream(r, i);
     float *s = Traits<E>::kPairs ? r.s : left_p, *d = Traits<E>::kPairs ? r.d : left_d;
-    scores_of<E>(plan.k, n, r.k, u.q, s);
-    scores_of<E>(plan.v, n, r.v, u.dout, d);
+    if (!multiply(r, i, j0, n, s, d)) return false;
     const i64 rows = touched(plan.k, n);
     const bool cap = c.softcap > 0;
-    float factor = c.scale * kLog2e;
-    if (shaped(c)) {
-      const bool biased = sight == kSomeSeen;
-      if (biased) turn_mask(c, p, j0, n, r.bias);
-      shape(c, p, s, biased ? r.bias : nullptr, cap ? r.slope : nullptr, j0, n);
-      factor = 1.0f;
-    } else if (j0 < p.all_from || j0 + n > p.all_to) {
-      hide_tile(p, s, j0, n);
-    }
+    const float factor = exponent_factor(c);
     float* plain = a.dmask ? r.bias : nullptr;
     const float* slope = cap ? r.slope : nullptr;
     if (c.dropout > 0) {
@@ -297,6 +367,18 @@ struct Backward {
     }
   }
 
+  // Packs what a tile has of keys and values; returns its keys.
+  i64 pack_tile(const Sequence& q, const Room& r, i64 g, i64 j0, bool turned) const {
+    const i64 n = least(plan.keys, q.s - j0);
+    i64 step;
+    const T* k = keys_at<T>(c, c.k, q, g, j0, n, c.d, r.copy, step);
+    plan.k.pack(k, step, n, r.k);
+    if (turned) plan.k.pack_turned(k, step, n, r.k_turned);
+    const T* v = keys_at<T>(c, c.v, q, g, j0, n, c.dv, r.copy, step);
+    plan.v.pack(v, step, n, r.v);
+    return n;
+  }
+
   void run_strip(const Sequence& q, i64 g, i64 first, i64 count, const Room& r,
                  float* sums) const {
     i64 from = q.s, to = 0;
@@ -305,21 +387,22 @@ struct Backward {
       from = least(from, r.panels[i].from);
       to = most(to, r.panels[i].to);
     }
-    for (i64 j0 = from / plan.keys * plan.keys; j0 < to; j0 += plan.keys) {
-      const i64 n = least(plan.keys, q.s - j0), tile = j0 / plan.keys;
-      i64 step;
-      const T* k = keys_at<T>(c, c.k, q, g, j0, n, c.d, r.copy, step);
-      plan.k.pack(k, step, n, r.k);
-      plan.k.pack_turned(k, step, n, r.k_turned);
-      const T* v = keys_at<T>(c, c.v, q, g, j0, n, c.dv, r.copy, step);
-      plan.v.pack(v, step, n, r.v);
+    const i64 start = from / plan.keys * plan.keys;
+    if (precise())
+      for (i64 j0 = start; j0 < to; j0 += plan.keys) {
+        const i64 n = pack_tile(q, r, g, j0, false);
+        for (i64 i = 0; i < count; ++i) add_delta(r, i, j0, n);
+      }
+    for (i64 i = 0; i < count; ++i)
+      if (r.panels[i].rows > 0) finish_delta(q, r.panels[i], upstream(r, i));
+    for (i64 j0 = start; j0 < to; j0 += plan.keys) {
+      const i64 n = pack_tile(q, r, g, j0, true), tile = j0 / plan.keys;
       float* dk = sums + tile * plan.tile_sums();
       float* dv = dk + plan.rows * C * plan.k_panels;
       for (i64 at = 0; at < count; at += Plan::kBlock) {
         const float *q_right[Plan::kBlock], *dout_right[Plan::kBlock];
         int met = 0;
         for (i64 i = at; i < least(count, at + Plan::kBlock); ++i) {
-          if (r.panels[i].to <= j0 || r.panels[i].from >= j0 + n) continue;
           const i64 left = met * plan.rows * kDeep;
           if (!meet(q, r, i, j0, n, r.left_p + left, r.left_d + left)) continue;
           const Upstream<C> u = upstream(r, i);
@@ -332,7 +415,7 @@ struct Backward {
       }
     }
     alignas(64) float scale[C];
-    for (int l = 0; l < C; ++l) scale[l] = c.scale;
+    for (int l = 0; l < C; ++l) scale[l] = float(c.scale);
     for (i64 i = 0; i < count; ++i)
       if (r.panels[i].rows > 0)
         write_turned<T>(a.dq, q, r.panels[i], c.d, upstream(r, i).dq, scale, false);
@@ -360,16 +443,16 @@ struct Backward {
   }
   void write_tile(const Sequence& q, i64 g, i64 tile, const float* sums) const {
     if (tile * plan.keys >= q.s) return;
-    write_keys(a.dk, q, g, tile, sums + tile * plan.tile_sums(), plan.k_panels, c.d, c.scale);
+    write_keys(a.dk, q, g, tile, sums + tile * plan.tile_sums(), plan.k_panels, c.d, float(c.scale));
     write_keys(a.dv, q, g, tile,
                sums + tile * plan.tile_sums() + plan.rows * C * plan.k_panels, plan.v_panels, c.dv,
                1.0f);
   }
 
   void run() const {
-    all_deltas<T>(a);
-    const i64 base = (i64)(((uintptr_t)a.room + 63) / 64 * 64);
-    float *all = (float*)base, *slots = all + plan.all_sums();
+    const Scratch scratch(a.room ? 0 : plan.room());
+    float* all = (float*)(((uintptr_t)(a.room ? a.room : scratch.data()) + 63) / 64 * 64);
+    float* slots = all + plan.all_sums();
     const i64 slot_room = plan.slot_room() + plan.own_sums();
     deal(c.b * c.g * plan.chunks, plan.threads, [&](i64 slot, i64 item) {
       [[maybe_unused]] const typename E::Session session;

@@ -29,7 +29,7 @@ APART void fold(float* s, i64 n, [[maybe_unused]] i64 deep, float c, Running<E::
     if (any(less(before + set1(8.0f), top))) {
       const Vec now = larger(before, top);
       const Ints nothing = (Ints)(now.v == set1(-kInf).v);
-      const Vec share = choose(nothing, set1(1.0f), exp2_of<5>(before - now));
+      const Vec share = choose(nothing, set1(1.0f), exp2_of<6>(before - now));
       store(state.base + v, now);
       store(state.sum + v, load(state.sum + v) * share);
       if (!fresh)
@@ -108,17 +108,18 @@ APART void finish_panel(const Call& c, const Sequence& q, const Panel<E::kCols>&
                         const Running<E::kCols>& state, const float* sums, bool empty) {
   constexpr int C = E::kCols;
   alignas(64) float scale[C], lse[C];
+  const double worth = exponent_worth(c);
   for (int l = 0; l < C; ++l) {
     float base = state.base[l], sum = state.sum[l], share = 1.0f;
     if (c.sinks) {
-      const float sink = c.sinks[p.head[l]] * kLog2e, top = base < sink ? sink : base;
+      const float sink = float(c.sinks[p.head[l]] / worth), top = base < sink ? sink : base;
       if (top > -kInf) {
         share = base == -kInf ? 0.0f : __builtin_exp2f(base - top);
         sum = sum * share + __builtin_exp2f(sink - top);
         base = top;
       }
     }
-    lse[l] = sum == 0.0f ? -kInf : float(double(base) * 0.6931471805599453 + __builtin_logf(sum));
+    lse[l] = sum == 0.0f ? -kInf : float(double(base) * worth + __builtin_log(sum));
     scale[l] = sum == 0.0f ? 0.0f : share / sum;
   }
   write_turned<T>(c.out, q, p, c.dv, sums, scale, empty);
@@ -142,8 +143,8 @@ struct ForwardPlan {
       : grid(c, C),
         keys(most(1, least(Traits<E>::kKeys, c.s))),
         tiles(ceil_div(c.s, keys)),
-        k(keys, c.d),
-        v(keys, c.dv) {
+        k(keys, c.d, chain_of(c)),
+        v(keys, c.dv, chain_of(c)) {
     q_words = E::words(c.d) * C;
     block = least(kMostPanels, grid.panels());
     while (block > 1 && c.b * c.g * ceil_div(grid.panels(), block) < 2 * c.threads)
@@ -214,15 +215,8 @@ struct Forward {
     if (sight == kNoneSeen) return;
     float* sums = r.sums + i * plan.v.turned_rows() * C;
     scores_of<E>(plan.k, n, tile, r.q + i * plan.q_words, r.scores);
-    float factor = c.scale * kLog2e;
-    if (shaped(c)) {
-      const bool biased = sight == kSomeSeen;
-      if (biased) turn_mask(c, p, j0, n, r.bias);
-      shape(c, p, r.scores, biased ? r.bias : nullptr, nullptr, j0, n);
-      factor = 1.0f;
-    } else if (j0 < p.all_from || j0 + n > p.all_to) {
-      hide_tile(p, r.scores, j0, n);
-    }
+    shape_tile(c, p, sight, r.scores, r.bias, nullptr, j0, n);
+    const float factor = exponent_factor(c);
     const i64 deep = E::words(n);
     const auto fold_with = [&](const auto& kept) {
       fold<E>(r.scores, n, deep, factor, r.states[i], sums, plan.v.turned_rows(), fresh, kept);

@@ -1,6 +1,6 @@
 // Which queries lie in a panel, what they may see, and what is done to their scores.
 
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLog2e = 1.44269504f;
 
 // One entry of the batch: its queries and keys among the rows of the tensors.
 struct Sequence {
@@ -237,21 +237,36 @@ APART void turn_mask(const Call& c, const Panel<C>& p, i64 j0, i64 n, float* out
 
 // ---- scores
 
-// Is there more to a score than a positive scale and visibility?
+// Terms summed in one go: fewer where there are few scores, whose errors are not averaged out.
+INLINE i64 chain_of(const Call& c) {
+  const i64 scores = c.t * c.s;
+  return scores < (1 << 12) ? 8 : scores <= (1 << 14) ? 16 : 1 << 20;
+}
+
+// Is there more to a score than a positive scale and what is seen?
 INLINE bool shaped(const Call& c) {
-  return !(c.scale > 0) || c.softcap > 0 || c.slopes || c.mask_type != kMaskNone;
+  const bool added = c.mask_type != kMaskNone && c.mask_type != kMaskBool;
+  return !(c.scale > 0) || c.softcap > 0 || c.slopes || added;
+}
+// What a stored score is multiplied by to be an exponent of 2, and what such an exponent is worth
+// in natural logarithms: exact for the factor as rounded, which counts where scores are large.
+INLINE float exponent_factor(const Call& c) {
+  return shaped(c) ? kLog2e : float(c.scale * 1.4426950408889634);
+}
+INLINE double exponent_worth(const Call& c) {
+  return (shaped(c) ? 1.0 : c.scale) / double(exponent_factor(c));
 }
 
 INLINE Vec hide(Vec x, Ints first, Ints last, int32_t j) {
   return choose((first <= j) & (last >= j), x, set1(-kInf));
 }
 
-// Products q k become scores times log2(e), -inf where unseen. bias: the turned mask or null;
+// Products q k become scores, -inf where unseen. bias: the turned mask or null;
 // slope: takes the softcap's derivative, or null.
 template <int C>
 APART void shape(const Call& c, const Panel<C>& p, float* s, const float* bias, float* slope,
                  i64 j0, i64 n) {
-  const Vec scale = set1(c.scale), cap = set1(c.softcap), inverse_cap = set1(1.0f / c.softcap);
+  const Vec scale = set1(float(c.scale)), cap = set1(c.softcap), inverse_cap = set1(1.0f / c.softcap);
   for (int v = 0; v < C; v += W) {
     const Ints first = (Ints)load((const float*)p.first + v).v;
     const Ints last = (Ints)load((const float*)p.last + v).v;
@@ -266,20 +281,34 @@ APART void shape(const Call& c, const Panel<C>& p, float* s, const float* bias, 
       }
       if (c.slopes) x = x - alibi * abs(place - set1(float(j0 + r)));
       if (bias) x = x + load(bias + r * C + v);
-      store(at, hide(x * set1(kLog2e), first, last, int32_t(j0 + r)));
+      store(at, hide(x, first, last, int32_t(j0 + r)));
     }
   }
 }
 
-// Only visibility: the scale is left to the exponential.
+// Only what is seen, by a turned bool mask, too: the scale is left to the exponential.
 template <int C>
-APART void hide_tile(const Panel<C>& p, float* s, i64 j0, i64 n) {
+APART void hide_tile(const Panel<C>& p, float* s, const float* bias, i64 j0, i64 n) {
   for (int v = 0; v < C; v += W) {
     const Ints first = (Ints)load((const float*)p.first + v).v;
     const Ints last = (Ints)load((const float*)p.last + v).v;
     for (i64 r = 0; r < n; ++r) {
       float* at = s + r * C + v;
-      store(at, hide(load(at), first, last, int32_t(j0 + r)));
+      Vec x = load(at);
+      if (bias) x = choose(less(load(bias + r * C + v), zero()), set1(-kInf), x);
+      store(at, hide(x, first, last, int32_t(j0 + r)));
     }
   }
+}
+
+// Whatever this call does to the scores of a panel and a tile.
+template <int C>
+INLINE void shape_tile(const Call& c, const Panel<C>& p, Seen sight, float* s, float* bias,
+                       float* slope, i64 j0, i64 n) {
+  const bool masked = sight == kSomeSeen;
+  if (masked) turn_mask(c, p, j0, n, bias);
+  if (shaped(c))
+    shape(c, p, s, masked ? bias : nullptr, slope, j0, n);
+  else if (masked || j0 < p.all_from || j0 + n > p.all_to)
+    hide_tile(p, s, masked ? bias : nullptr, j0, n);
 }

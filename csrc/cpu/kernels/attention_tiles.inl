@@ -8,13 +8,18 @@
 template <int Degree>
 INLINE Vec exp2_of(Vec t) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  constexpr float kFour[] = {1.0f, 0.6931241750717163f, 0.24024099111557007f,
-                             0.055906426161527634f, 0.009582852944731712f};
   constexpr float kFive[] = {1.0f, 0.6931470036506653f, 0.24022242426872253f,
                              0.05550733581185341f, 0.009671512991189957f, 0.001326472731307149f};
+  constexpr float kSix[] = {1.0f,
+                            0.6931471824645996f,
+                            0.24022647738456726f,
+                            0.055503323674201965f,
+                            0.00961843691766262f,
+                            0.0013398875016719103f,
+                            0.00015353361959569156f};
   const Vec x = at_least(t, set1(-127.0f)), shifted = x + set1(kShift);
   const Vec r = x - (shifted - set1(kShift));
-  const Vec p = Degree == 4 ? polynomial(r, kFour) : polynomial(r, kFive);
+  const Vec p = Degree == 5 ? polynomial(r, kFive) : polynomial(r, kSix);
   return {(Floats)((Ints)p.v + ((Ints)shifted.v << 23))};
 }
 
@@ -115,7 +120,7 @@ struct Traits<Vectors<L, MultiplyAdd>> {
   using Engine = Vectors<L, MultiplyAdd>;
   using T = typename L::Type;
   static constexpr bool kPairs = false;
-  static constexpr int kDegree = std::is_same_v<T, bf16> ? 4 : 5;
+  static constexpr int kDegree = std::is_same_v<T, float> ? 6 : 5;  // of exp2_of
   static constexpr i64 kKeys = 128;       // of a tile
   static constexpr int kDeep = Engine::kCols;  // words of the C queries of a panel
   static void across(int rows, int panels, const float* a, i64 a_panel, const float* const* b,
@@ -129,7 +134,7 @@ struct Traits<Vectors<Pair, DotPairs>> {
   using Engine = Vectors<Pair, DotPairs>;
   using T = bf16;
   static constexpr bool kPairs = true;
-  static constexpr int kDegree = 4;
+  static constexpr int kDegree = 5;
   static constexpr i64 kKeys = 128;
   static constexpr int kDeep = Engine::kCols / 2;
   static void across(int rows, int panels, const float* a, i64 a_panel, const float* const* b,
@@ -144,7 +149,7 @@ struct Traits<Tiles> {
   using Engine = Tiles;
   using T = bf16;
   static constexpr bool kPairs = true;
-  static constexpr int kDegree = 4;
+  static constexpr int kDegree = 5;
   static constexpr i64 kKeys = 256;
   static constexpr int kDeep = 16;
   static void across(int rows, int panels, const float* a, i64 a_panel, const float* const* b,
@@ -163,7 +168,9 @@ struct Left {
   i64 keys, width;
   int height, turned_height;
   i64 words;  // of the width
-  Left(i64 keys_, i64 width_) : keys(keys_), width(width_) {
+  i64 chain;  // words summed before they join the total: few where errors do not average out
+  Left(i64 keys_, i64 width_, i64 chain_) : keys(keys_), width(width_) {
+    chain = Traits<E>::kPairs ? E::kWords : least(chain_, E::kWords);
     height = E::rows(most(1, keys));
     turned_height = E::rows(most(1, width));
     words = E::words(width);
@@ -193,17 +200,17 @@ struct Left {
 
 // One panel of the left side by a right side of C columns.
 template <class E>
-INLINE void multiply_panel(int height, i64 words, const float* a, const float* b, float* c,
-                           bool add) {
-  for (i64 w = 0; w < words; w += E::kWords)
-    E::micro(height, least(E::kWords, words - w), a + w * height, b + w * E::kCols, c, add || w);
+INLINE void multiply_panel(int height, i64 words, i64 chain, const float* a, const float* b,
+                           float* c, bool add) {
+  for (i64 w = 0; w < words; w += chain)
+    E::micro(height, least(chain, words - w), a + w * height, b + w * E::kCols, c, add || w);
 }
 
 // scores [n keys, in whole panels][C] = keys times the queries in b.
 template <class E>
 INLINE void scores_of(const Left<E>& left, i64 n, const float* a, const float* b, float* c) {
   for (i64 i = 0; i < left.panels(n); ++i)
-    multiply_panel<E>(left.height, left.words, a + i * left.height * left.words, b,
+    multiply_panel<E>(left.height, left.words, left.chain, a + i * left.height * left.words, b,
                       c + i * left.height * E::kCols, false);
 }
 
@@ -212,8 +219,8 @@ template <class E>
 INLINE void mix_of(const Left<E>& left, i64 n, const float* a, const float* b, float* c, bool add) {
   const i64 deep = E::words(n), step = left.turned_height;
   for (i64 i = 0; i < left.turned_panels(); ++i)
-    multiply_panel<E>(left.turned_height, deep, a + i * step * deep, b, c + i * step * E::kCols,
-                      add);
+    multiply_panel<E>(left.turned_height, deep, left.chain, a + i * step * deep, b,
+                      c + i * step * E::kCols, add);
 }
 
 // Rows of a score tile that the products touch when n keys are in use.

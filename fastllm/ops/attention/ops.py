@@ -13,11 +13,11 @@ from torch import Tensor
 from fastllm.core.backend import Backend
 from fastllm.core.dispatch import define
 from fastllm.core.op import Op
-from fastllm.ops.attention import cache, reference, spec, stock, triton
+from fastllm.ops.attention import cache, cpu, reference, spec, stock, triton
 from fastllm.ops.attention.cases import cases
 
 # kernels by the name of the op: Backend(name, forward, the backward above, supports, available)
-KERNELS: tuple[dict[str, Backend], ...] = (triton.BACKENDS,)
+KERNELS: tuple[dict[str, Backend], ...] = (triton.BACKENDS, cpu.BACKENDS)
 
 
 def _without_lse(backend: Backend) -> Backend:
