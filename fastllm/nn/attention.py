@@ -24,6 +24,8 @@ def worth_attention(
     is_causal: bool = False,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    *,
+    training: bool | None = None,
 ) -> bool:
     """Whether attention of query [B, H, T, D] runs on anything but torch here."""
     if torch.compiler.is_compiling():
@@ -32,7 +34,8 @@ def worth_attention(
         return False
     op, right = OPS["attention"], 0 if is_causal else -1
     args = (query, key, value, attn_mask, None, sinks, None, 0.0, 1.0, -1, right, 0, softcap)
-    training = torch.is_grad_enabled() and query.requires_grad
+    if training is None:
+        training = torch.is_grad_enabled() and query.requires_grad
     found = op.routes.find(args, training) if op.routes is not None else None
     run = found[0] if found else op.forced(args, None) or op.default(args, training)
     return run.name != "torch"
@@ -128,10 +131,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return False
         if self.backend is not None:
             return True
-        like = query.new_empty(0).expand(0) if not query.numel() else query
-        head = like.as_strided((batch, self.num_heads, t, self.head_dim), (0, 0, 0, 1))
-        other = key.as_strided((batch, self.num_heads, s, self.head_dim), (0, 0, 0, 1))
-        return worth_attention(head, other, other, None, False)
+        if query.numel() * s < SMALL and not torch.compiler.is_compiling():
+            return False
+        q, k = (query.new_empty((batch, self.num_heads, n, self.head_dim)) for n in (t, s))
+        training = torch.is_grad_enabled() and (
+            query.requires_grad or self.out_proj.weight.requires_grad
+        )
+        return worth_attention(q, k, k, training=training)
 
     def _sizes(self, x: Tensor) -> tuple[int, int]:
         """Batch and length."""

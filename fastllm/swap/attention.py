@@ -72,6 +72,15 @@ def looks_up(base: Any) -> bool:
     return isinstance(forward, FunctionType) and {TABLE, LOOKUP} <= set(forward.__code__.co_names)
 
 
+def signature(module: Any) -> Any:
+    """Modules with equal ones have one recipe."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    sinks = getattr(module, "sinks", None)
+    heads = sinks.numel() if isinstance(sinks, Tensor) else None
+    groups = getattr(module, "num_key_value_groups", None)
+    return "attention", type(module), name, groups, heads
+
+
 def identify(module: Any, turn: rotary.Rotary | None, backend: str | None) -> Attention:
     """The recipe for a module that `looks_up`; Unfusable says why there is none."""
     forward = plain_forward(type(module))

@@ -116,10 +116,15 @@ class Finder:
         turned = self.rotary(path, module)
         turn = turned[0] if turned is not None and not turned[1].reason else None
         assert turn is None or isinstance(turn, rotary.Rotary)
-        try:
-            recipe = attention.identify(module, turn, self.backend)
-        except Unfusable as error:
-            row.reason = f"attention not fused: {error}"
+        key = attention.signature(module)
+        if key not in self.known:
+            try:
+                self.known[key] = attention.identify(module, turn, self.backend)
+            except Unfusable as error:
+                self.known[key] = error
+        recipe = self.known[key]
+        if isinstance(recipe, Unfusable):
+            row.reason = f"attention not fused: {recipe}"
             return None, row
         row.reason = _lacking(("attention",), self.backend) or ""
         row.new = "fastllm attention"

@@ -154,7 +154,11 @@ def _sink_terms(sinks: Tensor | None, lse: Tensor, needed: bool) -> Tensor | Non
 
 def _sink_gradient(sinks: Tensor | None, terms: Tensor | None, rows: Any) -> Tensor | None:
     """Their sum over all dimensions but the heads'."""
-    return None if sinks is None or terms is None else terms.sum(rows, dtype=torch.float64).to(sinks.dtype)
+    return (
+        None
+        if sinks is None or terms is None
+        else terms.sum(rows, dtype=torch.float64).to(sinks.dtype)
+    )
 
 
 def _varlen_call(
