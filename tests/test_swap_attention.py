@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 @pytest.fixture(autouse=True)
 def _every_size(monkeypatch):
     monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(module, "FEW", 0)
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
@@ -81,7 +82,13 @@ SEEN = (torch.arange(13) >= torch.tensor([0, 5])[:, None]).long()  # padded on t
 
 def greedy(model, **more):
     return model.generate(
-        IDS, attention_mask=SEEN, max_new_tokens=6, do_sample=False, pad_token_id=0, **more
+        IDS,
+        attention_mask=SEEN,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+        **more,
     )
 
 

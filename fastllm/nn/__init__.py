@@ -1,6 +1,7 @@
 """Drop-in modules: subclasses of torch's with the same constructor, state_dict and repr.
 
-And the parts of a transformer that torch has no module for: Attention, GatedMLP, MLP, RotaryEmbedding.
+And the parts of a transformer that torch has no module for: Attention, GatedMLP, MLP,
+RotaryEmbedding.
 """
 
 from fastllm.nn.activation import GELU, SiLU

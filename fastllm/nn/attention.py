@@ -12,8 +12,9 @@ from fastllm.nn.linear import Linear
 from fastllm.nn.norm import RMSNorm
 from fastllm.nn.worth import worth
 
-# products of a head's width, below which the way to a kernel costs more than it saves
-SMALL = 1 << 18
+# on the CPU, numbers multiplied with keys (B H T S D) and queries of a sequence, below which torch
+# is not slower, as measured
+SMALL, FEW = 1 << 25, 16
 
 
 def worth_attention(
@@ -30,7 +31,7 @@ def worth_attention(
     """Whether attention of query [B, H, T, D] runs on anything but torch here."""
     if torch.compiler.is_compiling():
         return True
-    if query.numel() * key.shape[-2] < SMALL:
+    if query.is_cpu and (query.shape[2] < FEW or query.numel() * key.shape[2] < SMALL):
         return False
     op, right = OPS["attention"], 0 if is_causal else -1
     args = (query, key, value, attn_mask, None, sinks, None, 0.0, 1.0, -1, right, 0, softcap)
@@ -131,7 +132,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return False
         if self.backend is not None:
             return True
-        if query.numel() * s < SMALL and not torch.compiler.is_compiling():
+        small = query.is_cpu and (t < FEW or query.numel() * s < SMALL)
+        if small and not torch.compiler.is_compiling():
             return False
         q, k = (query.new_empty((batch, self.num_heads, n, self.head_dim)) for n in (t, s))
         training = torch.is_grad_enabled() and (
@@ -211,7 +213,7 @@ class Attention(torch.nn.Module):
     softcap       0 (off), or scores become softcap * tanh(scores / softcap)
     scale         None: head_dim ** -0.5
 
-    forward(input [B, T, E], cos=None, sin=None, attn_mask=None) -> [B, T, E]; cos and sin [T, R / 2]
+    forward(input [B, T, E], cos=None, sin=None, attn_mask=None) -> [B, T, E]; cos and sin [T, R]
     or [B, T, R] as in fastllm.functional.rotary_embedding, attn_mask as in
     scaled_dot_product_attention. ValueError when the numbers of heads do not fit.
     """

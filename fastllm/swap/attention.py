@@ -122,7 +122,7 @@ class _Redirect(ast.NodeTransformer):
 
 
 def _replace(eager: Any, extras: frozenset[str], backend: str | None) -> Callable[..., Any]:
-    stock = getattr(sys.modules.get(_SDPA), "sdpa_attention_forward", None)
+    stock: Any = getattr(sys.modules.get(_SDPA), "sdpa_attention_forward", None)
     fused = functools.partial(attend, stock, None, backend)
     known = functools.partial(attend, eager, extras, backend)
 
