@@ -21,7 +21,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-DOT_FAMILIES = ("gemm", "attention")  # with kernels of their own at avx512_bf16 and amx (csrc/cpu/isa.h)
+DOT_FAMILIES = (
+    "gemm",
+    "attention",
+)  # with kernels of their own at avx512_bf16 and amx (csrc/cpu/isa.h)
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 

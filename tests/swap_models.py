@@ -9,28 +9,33 @@ IDS = {"input_ids": torch.arange(22).reshape(2, 11) * 7 % 99}
 # name -> what a swap does to it
 EXPECTED = {
     "llama": "5 norms, 15 linears, 1 embedding, 2 activations; fused 2 residual additions, "
-    "2 MLPs, 2 rotary embeddings",
+    "2 MLPs, 2 rotary embeddings, 2 attention functions",
     "qwen3": "9 norms, 15 linears, 1 embedding, 2 activations; fused 2 residual additions, "
-    "2 MLPs, 2 rotary embeddings",
+    "2 MLPs, 2 rotary embeddings, 2 attention functions",
     "gemma2": "9 norms, 15 linears, 2 activations; fused 2 residual additions, 2 MLPs, "
-    "2 rotary embeddings",
+    "2 rotary embeddings, 2 attention functions",
     "mistral": "5 norms, 15 linears, 1 embedding, 2 activations; fused 2 residual additions, "
-    "2 MLPs, 2 rotary embeddings",
+    "2 MLPs, 2 rotary embeddings, 2 attention functions",
     "phi3": "5 norms, 9 linears, 1 embedding, 2 activations; fused 2 residual additions, "
-    "2 MLPs, 2 rotary embeddings",
+    "2 MLPs, 2 rotary embeddings, 2 attention functions",
     "mixtral": "5 norms, 9 linears, 1 embedding, 2 activations; fused 2 residual additions, "
-    "2 rotary embeddings",
-    "gpt2": "5 norms, 9 linears, 2 embeddings, 2 activations; fused 2 residual additions, 2 MLPs",
-    "bert": "6 norms, 14 linears, 3 embeddings, 3 activations; fused 5 residual additions, 2 MLPs",
+    "2 rotary embeddings, 2 attention functions",
+    "gpt2": "5 norms, 9 linears, 2 embeddings, 2 activations; fused 2 residual additions, "
+    "2 MLPs, 2 attention functions",
+    "bert": "6 norms, 14 linears, 3 embeddings, 3 activations; fused 5 residual additions, "
+    "2 MLPs, 2 attention functions",
     "distilbert": "6 norms, 14 linears, 2 embeddings, 3 activations; fused 5 residual additions, "
-    "2 MLPs",
-    "t5": "12 norms, 33 linears, 5 embeddings; fused 4 MLPs",
-    "t5 gated": "12 norms, 37 linears, 5 embeddings, 4 activations; fused 4 MLPs",
-    "vit": "5 norms, 13 linears, 2 activations; fused 2 residual additions, 2 MLPs",
-    "encoder pre-norm": "5 norms, 4 linears; fused 2 residual additions",
-    "encoder pre-norm, batch first": "5 norms, 4 linears; fused 2 residual additions",
-    "encoder post-norm": "4 norms, 4 linears; fused 4 residual additions",
-    "encoder post-norm, batch first": "4 norms, 4 linears; fused 4 residual additions",
+    "2 MLPs, 2 attention functions",
+    "t5": "12 norms, 33 linears, 5 embeddings; fused 4 MLPs, 6 attention functions",
+    "t5 gated": "12 norms, 37 linears, 5 embeddings, 4 activations; fused 4 MLPs, "
+    "6 attention functions",
+    "vit": "5 norms, 13 linears, 2 activations; fused 2 residual additions, 2 MLPs, "
+    "2 attention functions",
+    "encoder pre-norm": "5 norms, 4 linears, 2 attentions; fused 2 residual additions",
+    "encoder pre-norm, batch first": "5 norms, 4 linears, 2 attentions; fused 2 residual additions",
+    "encoder post-norm": "4 norms, 4 linears, 2 attentions; fused 4 residual additions",
+    "encoder post-norm, batch first": "4 norms, 4 linears, "
+    "2 attentions; fused 4 residual additions",
 }
 CAUSAL = {
     "vocab_size": 99,

@@ -1,9 +1,11 @@
 """Drop-in modules: subclasses of torch's with the same constructor, state_dict and repr.
 
-And the parts of a transformer that torch has no module for: GatedMLP, MLP, RotaryEmbedding.
+And the parts of a transformer that torch has no module for: Attention, GatedMLP, MLP,
+RotaryEmbedding.
 """
 
 from fastllm.nn.activation import GELU, SiLU
+from fastllm.nn.attention import Attention, MultiheadAttention
 from fastllm.nn.linear import Embedding, Linear
 from fastllm.nn.loss import (
     CrossEntropyLoss,
@@ -20,6 +22,7 @@ from fastllm.nn.rotary import RotaryEmbedding
 __all__ = [
     "GELU",
     "MLP",
+    "Attention",
     "CPOLoss",
     "CrossEntropyLoss",
     "DPOLoss",
@@ -34,6 +37,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LinearDistillationLoss",
     "MoE",
+    "MultiheadAttention",
     "ORPOLoss",
     "RMSNorm",
     "RotaryEmbedding",

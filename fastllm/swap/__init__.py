@@ -14,6 +14,7 @@ probe.py     which norm a module computes, found out by running it; activations.
 blocks.py    what is fused in a module together with its children:
              rewrite.py  residual additions into the norm that follows them
              mlp.py      the activation of a feed-forward block into the products around it
+             attention.py  the attention function of Hugging Face models
              rotary.py   the rotation of queries and keys
 fused_loss.py  the loss of a causal LM behind labels=, with lazy.py's logits
 verify.py    the proof on the user's own input

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastllm.core.op import OPS
-from fastllm.swap import classes, mlp_probe, rewrite, rotary
+from fastllm.swap import attention, classes, mlp_probe, rewrite, rotary
 from fastllm.swap.activations import activation_of
 from fastllm.swap.classes import Recipe
 from fastllm.swap.recompile import Unfusable
@@ -39,7 +39,12 @@ class Finder:
         """At most one recipe, and rows with reasons."""
         if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
             return
-        kinds: tuple[Callable[[str, Any], Found], ...] = (self.adds, self.mlp, self.rotary)
+        kinds: tuple[Callable[[str, Any], Found], ...] = (
+            self.adds,
+            self.mlp,
+            self.attention,
+            self.rotary,
+        )
         for kind in kinds:
             found = kind(path, module)
             if found is None:
@@ -100,6 +105,31 @@ class Finder:
         recipe, row.error = found
         row.reason = _lacking(recipe.ops(), self.backend) or ""
         row.new = f"fastllm {recipe.describe()}"
+        return recipe, row
+
+    def attention(self, path: str, module: nn.Module) -> Found:
+        """The attention function that a Hugging Face module looks up, and the rotation with it."""
+        base = classes.original(module)
+        if module not in self.allowed or not attention.looks_up(base):
+            return None
+        row = Row(path, type(module).__name__, kind="attention function")
+        turned = self.rotary(path, module)
+        turn = turned[0] if turned is not None and not turned[1].reason else None
+        assert turn is None or isinstance(turn, rotary.Rotary)
+        key = attention.signature(module)
+        if key not in self.known:
+            try:
+                self.known[key] = attention.identify(module, turn, self.backend)
+            except Unfusable as error:
+                self.known[key] = error
+        recipe = self.known[key]
+        if isinstance(recipe, Unfusable):
+            row.reason = f"attention not fused: {recipe}"
+            return None, row
+        row.reason = _lacking(("attention",), self.backend) or ""
+        row.new = "fastllm attention"
+        if turned is not None and turn is not None:
+            row.new, row.also = f"fastllm attention, {turned[1].new}", (turned[1].kind,)
         return recipe, row
 
     def rotary(self, path: str, module: nn.Module) -> Found:

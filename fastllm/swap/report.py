@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 COLUMNS = ("path", "from", "to", "backend", "error", "speed", "why left")
-MODULES = ("norm", "linear", "embedding", "activation")
-BLOCKS = ("residual addition", "MLP", "rotary embedding", "loss")
+MODULES = ("norm", "linear", "embedding", "activation", "attention")
+BLOCKS = ("residual addition", "MLP", "rotary embedding", "attention function", "loss")
 
 
 @dataclass
@@ -15,6 +15,7 @@ class Row:
 
     kind   one of MODULES: the module itself runs fastllm's code; or of BLOCKS: its forward has
            something fused
+    also   the kinds of what else the same change fuses
     ratio  how many times as fast as the original, where it was tuned
     """
 
@@ -27,6 +28,7 @@ class Row:
     reason: str = ""
     kind: str = ""
     adds: int = 0
+    also: tuple[str, ...] = ()
     ratio: float | None = None
 
     def cells(self) -> tuple[str, ...]:
@@ -61,7 +63,8 @@ class Report:
 
     def count(self, kind: str) -> int:
         """How many of one kind are swapped or fused."""
-        rows = [row for row in (*self.swapped, *self.fused) if row.kind == kind]
+        done = (*self.swapped, *self.fused)
+        rows = [row for row in done if kind == row.kind or kind in row.also]
         return sum(row.adds or 1 for row in rows)
 
     @property

@@ -120,6 +120,11 @@ def _why_not_in_place(module: nn.SiLU) -> str | None:
     return "it writes into its input" if module.inplace else None
 
 
+def _why_not_attention(module: nn.MultiheadAttention) -> str | None:
+    extra = module.bias_k is not None or module.add_zero_attn
+    return "it adds keys of its own (add_bias_kv, add_zero_attn)" if extra else None
+
+
 SUBCLASS = "a subclass with a forward of its own"
 RULES = (
     _exactly(nn.LayerNorm, fast.LayerNorm, "layer_norm"),
@@ -127,6 +132,13 @@ RULES = (
     _exactly(nn.GroupNorm, fast.GroupNorm, "group_norm"),
     _exactly(nn.Linear, fast.Linear, "linear", "linear", linears.why_not),
     _exactly(nn.Embedding, fast.Embedding, "embedding", "embedding", _why_not_embedding),
+    _exactly(
+        nn.MultiheadAttention,
+        fast.MultiheadAttention,
+        "attention",
+        "attention",
+        _why_not_attention,
+    ),
     _exactly(nn.GELU, fast.GELU, "gelu", "activation"),
     _exactly(nn.SiLU, fast.SiLU, "silu", "activation", _why_not_in_place),
     Rule("another linear", "linear", _foreign_linear, _never(SUBCLASS)),
@@ -218,9 +230,15 @@ def _activation_arguments(op: str, module: Any, params: list) -> tuple:
     return (torch.empty(256, 64), *(("none",) if op == "gelu" else ()))
 
 
+def _attention_arguments(op: str, module: Any, params: list) -> tuple:
+    x = params[0].new_empty(1, module.num_heads, 128, module.head_dim) if params else None
+    return (x, x, x, None, None, None, None, 0.0, 1.0, -1, -1, 0, 0.0)
+
+
 _ARGUMENTS: dict[str, Callable[[str, Any, list], tuple]] = {
     "norm": _norm_arguments,
     "linear": _linear_arguments,
     "embedding": _embedding_arguments,
     "activation": _activation_arguments,
+    "attention": _attention_arguments,
 }

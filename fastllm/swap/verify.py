@@ -170,6 +170,7 @@ class Verification:
         hooks = [
             m.register_forward_pre_hook(self._hook(c.recipe), with_kwargs=True)
             for m, c in choices.items()
+            if c.kind != "attention"  # of several inputs: what the whole model gives decides
         ]
         try:
             for call in self.calls:
