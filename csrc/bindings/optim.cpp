@@ -150,7 +150,7 @@ class States {
 // something out of the ordinary: a state to begin with, a subclass, another device.
 py::object step_all(int kind, py::list groups, py::dict state, int threads) {
   Batch batch(kind);
-  std::vector<py::object> alive;  // gradients
+  std::vector<py::object> alive;  // gradients and states: another thread may replace them
   py::list done;
   if (!api) throw std::runtime_error("optim_bind has not been called");
   States states(state.ptr());
@@ -184,6 +184,7 @@ py::object step_all(int kind, py::list groups, py::dict state, int threads) {
         if ((!found || found == Py_None) && needed) return py::none();
         if (found && !types.plain(found)) return py::none();
         item.of[f] = found;
+        if (found) alive.push_back(py::reinterpret_borrow<py::object>(found));
       }
       if (!batch.add(set, item, uint32_t(first + i), false)) return py::none();
       const bool low = batch.tensors.back().param_type != kFloat32;

@@ -92,9 +92,9 @@ def _forward(
     return out, lse
 
 
-def _shared(mask: Tensor, shape: tuple[int, ...]) -> bool:
+def _shared(mask: Tensor | None, shape: tuple[int, ...]) -> bool:
     """Whether a mask's gradient has to be summed over the batch."""
-    return mask.shape[0] == 1 and shape[0] > 1
+    return mask is not None and mask.shape[0] == 1 and shape[0] > 1
 
 
 def _backward(
@@ -127,12 +127,12 @@ def _backward(
         ]  # fmt: skip
         full = q.new_zeros((len(q[part]), *shape[1:]), dtype=torch.float32) if wants_mask else None
         _run_backward(call, grads, full, scale, softcap, dropout_p)
-        if full is not None:
-            summed = full.sum_to_size((len(bias), *attn_mask.shape[1:]))
+        if full is not None and bias is not None:
+            summed = full.sum_to_size((len(bias), *bias.shape[1:]))
             dmask = summed if dmask is None else dmask + summed
     return (
         dq, dk, dv,
-        None if dmask is None else dmask.to(attn_mask.dtype),
+        None if dmask is None or attn_mask is None else dmask.to(attn_mask.dtype),
         _sink_gradient(sinks, terms, (0, 2)),
     )  # fmt: skip
 

@@ -20,6 +20,34 @@ from fastllm.ops.attention.cases import cases
 KERNELS: tuple[dict[str, Backend], ...] = (cpu.BACKENDS, triton.BACKENDS)
 
 
+# products of the scores, from which the kernels win back what a call from Python costs
+SMALL = 1 << 23
+# query rows that share a key head, up to which torch reads the keys faster
+FEW = 16
+
+
+def _stock_first(training: bool, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> bool:
+    """What torch's own kernel takes as it is, small or with few queries."""
+    _, slopes, sinks, _, p, _, left, right, diagonal, cap = rest
+    if not query.is_cpu or slopes is not None or sinks is not None or p or cap:
+        return False
+    if left >= 0 or right > 0 or (right == 0 and diagonal):
+        return False
+    return _small(query, key) or (not training and _few(query, key))
+
+
+def _cache_stock_first(training: bool, query: Tensor, key: Tensor, *_: Any) -> bool:
+    return query.is_cpu and _few(query, key)
+
+
+def _small(query: Tensor, key: Tensor) -> bool:
+    return query.numel() * key.shape[2] < SMALL
+
+
+def _few(query: Tensor, key: Tensor) -> bool:
+    return query.shape[2] * (query.shape[1] // max(1, key.shape[1])) <= FEW
+
+
 def _without_lse(backend: Backend) -> Backend:
     """The backend of an op whose lse nobody sees, so that it has no gradient."""
     both: Callable[..., Any] | None = backend.backward
@@ -59,6 +87,7 @@ def _dense(name: str) -> Op:
         fake_backward=spec.fake_backward,
         cost=spec.cost,
         key=spec.word,
+        stock_first=_stock_first if name == "attention" else None,
     )
 
 
@@ -104,4 +133,5 @@ attention_cache_op = define(
     cases=cases("attention_cache"),
     key=cache.word,
     check_values=True,
+    stock_first=_cache_stock_first,
 )

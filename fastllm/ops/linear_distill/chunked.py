@@ -147,7 +147,7 @@ def _pair(module: Any) -> Callable[..., str | None]:
     return lambda input, target, weight: alike(input, input)
 
 
-BACKENDS = [
+BACKENDS: list[Backend] = [
     Backend("cpu", *functions(cpu), _supports(_pair(cpu))),
     Backend("triton", *functions(triton), _supports(_pair(triton)), triton.available),
 ]
