@@ -9,14 +9,14 @@ from torch import nn
 import fastllm
 from fastllm.nn import attention as module
 
+_torch_wins = module._torch_wins
 E, H, B, T, S = 32, 4, 3, 17, 23
 
 
 @pytest.fixture(autouse=True)
 def _every_size(monkeypatch):
     """Small inputs go to the kernel, too."""
-    monkeypatch.setattr(module, "SMALL", 0)
-    monkeypatch.setattr(module, "FEW", 0)
+    monkeypatch.setattr(module, "_torch_wins", lambda *_: False)
     torch.manual_seed(0)
 
 
@@ -156,7 +156,7 @@ def test_what_is_torchs_stays_torchs(calls):
 
 
 def test_small_inputs_are_torchs(monkeypatch, calls):
-    monkeypatch.setattr(module, "SMALL", 1 << 20)
+    monkeypatch.setattr(module, "_torch_wins", _torch_wins)
     ours, stock = pair()
     x = torch.randn(B, T, E)
     pairs = (m(x, x, x, need_weights=False)[0] for m in (ours, stock))

@@ -17,6 +17,17 @@ from fastllm.nn.worth import worth
 SMALL, FEW = 1 << 25, 16
 
 
+def _torch_wins(query: Tensor, key: Tensor, masked: bool) -> bool:
+    """As measured on the CPU, for heads [B, H, T, D]."""
+    t, s = query.shape[2], key.shape[2]
+    if t < FEW or query.numel() * s < SMALL:
+        return True
+    # the kernel reads a mask tile by tile, and is at its best on long rows
+    if query.dtype == torch.float32:
+        return s < 512
+    return s < (1024 if masked else 128)
+
+
 def worth_attention(
     query: Tensor,
     key: Tensor,
@@ -31,7 +42,7 @@ def worth_attention(
     """Whether attention of query [B, H, T, D] runs on anything but torch here."""
     if torch.compiler.is_compiling():
         return True
-    if query.is_cpu and (query.shape[2] < FEW or query.numel() * key.shape[2] < SMALL):
+    if query.is_cpu and _torch_wins(query, key, attn_mask is not None):
         return False
     op, right = OPS["attention"], 0 if is_causal else -1
     args = (query, key, value, attn_mask, None, sinks, None, 0.0, 1.0, -1, right, 0, softcap)
@@ -132,13 +143,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return False
         if self.backend is not None:
             return True
-        small = query.is_cpu and (t < FEW or query.numel() * s < SMALL)
-        if small and not torch.compiler.is_compiling():
-            return False
         q, k = (query.new_empty((batch, self.num_heads, n, self.head_dim)) for n in (t, s))
         training = torch.is_grad_enabled() and (
             query.requires_grad or self.out_proj.weight.requires_grad
         )
+        if query.is_cpu and _torch_wins(q, k, padding is not None or mask is not None):
+            return torch.compiler.is_compiling()
         return worth_attention(q, k, k, training=training)
 
     def _sizes(self, x: Tensor) -> tuple[int, int]:
