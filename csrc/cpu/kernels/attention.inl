@@ -1,4 +1,4 @@
-// Fused attention: forward, backward and decoding.
+// Fused attention: forward and backward.
 #include "cpu/kernels/rows.inl"
 
 #include "cpu/kernels/gemm_pack.inl"
@@ -10,6 +10,8 @@
 #include "cpu/kernels/attention_scores.inl"
 
 #include "cpu/kernels/attention_forward.inl"
+
+#include "cpu/kernels/attention_gradients.inl"
 
 #include "cpu/kernels/attention_backward.inl"
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastllm import _C
 from fastllm.core.backend import Backend
 from fastllm.core.memory import POOL_FROM, empty
+from fastllm.ops.attention.cache import attention_cache_backward
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BOOL, _NO_MASK = 3, -1
@@ -121,7 +122,8 @@ def _backward(
         )  # fmt: skip
         grads = [
             *_dense(dout[part]), *(_NO_ROWS if grad_lse is None else _dense(grad_lse[part])),
-            *(_NO_ROWS if terms is None else _dense(terms[part])), *_dense(dq[part]), *_dense(dk[part]), *_dense(dv[part]),
+            *(_NO_ROWS if terms is None else _dense(terms[part])),
+            *_dense(dq[part]), *_dense(dk[part]), *_dense(dv[part]),
         ]  # fmt: skip
         full = q.new_zeros((len(q[part]), *shape[1:]), dtype=torch.float32) if wants_mask else None
         _run_backward(call, grads, full, scale, softcap, dropout_p)
@@ -222,7 +224,31 @@ def _backward_varlen(
     return dq, dk, dv, _sink_gradient(sinks, terms, 0)
 
 
-def _supports(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
+def _cache(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
+    block_table: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, scale: float,
+    window_left: int, window_right: int, softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k, v = _adjacent(query), _adjacent(k_cache), _adjacent(v_cache)
+    b, h, t, d = q.shape
+    out = empty((b, h, t, v.shape[3]), q.dtype)
+    lse = torch.empty((b, h, t), dtype=torch.float32)
+    lengths = cache_seqlens.contiguous()
+    table = None if block_table is None else block_table.contiguous()
+    pages = (0, 0, 0) if table is None else (table.data_ptr(), table.shape[1], k.shape[2])
+    slopes, sink = _float(alibi_slopes), _float(sinks)
+    call = (
+        _CODES[q.dtype], b, h, k.shape[1], t, max(lengths.tolist(), default=0), d, v.shape[3],
+        *_dense(q), *_dense(k), *_dense(v), *_dense(out), *_dense(lse), 0, 0, lengths.data_ptr(),
+        *pages, *_mask(None, ()), *_logits(slopes, sink), window_left, window_right, 0, 1, 0, 0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    numbers = array("q", call)
+    _C.attention_fwd(numbers.buffer_info()[0], scale, softcap, 0.0)
+    return out, lse
+
+
+def _supports(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> str | None:
     if not query.is_cpu:
         return f"query on {query.device}: the kernels run on the CPU"
     if query.dtype not in _CODES:
@@ -230,10 +256,18 @@ def _supports(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
     widest = max(query.shape[-1], value.shape[-1])
     if widest > _MOST_WIDTH or not min(query.shape[-1], value.shape[-1]):
         return f"a head of {widest}: the kernels take 1 to {_MOST_WIDTH}"
+    mask = rest[0] if rest else None
+    if isinstance(mask, Tensor) and mask.dtype == torch.float32 != query.dtype:
+        return f"float32 mask of a {query.dtype} query: computed by torch"
     return None
+
+
+def _supports_varlen(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
+    return _supports(query, key, value)
 
 
 BACKENDS: dict[str, Backend] = {
     "attention": Backend("cpu", _forward, _backward, _supports),
-    "attention_varlen": Backend("cpu", _forward_varlen, _backward_varlen, _supports),
+    "attention_varlen": Backend("cpu", _forward_varlen, _backward_varlen, _supports_varlen),
+    "attention_cache": Backend("cpu", _cache, attention_cache_backward, _supports_varlen),
 }

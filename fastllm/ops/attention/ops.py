@@ -17,7 +17,7 @@ from fastllm.ops.attention import cache, cpu, reference, spec, stock, triton
 from fastllm.ops.attention.cases import cases
 
 # kernels by the name of the op: Backend(name, forward, the backward above, supports, available)
-KERNELS: tuple[dict[str, Backend], ...] = (triton.BACKENDS, cpu.BACKENDS)
+KERNELS: tuple[dict[str, Backend], ...] = (cpu.BACKENDS, triton.BACKENDS)
 
 
 def _without_lse(backend: Backend) -> Backend:
