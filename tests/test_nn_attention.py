@@ -12,14 +12,6 @@ from fastllm.nn import attention as module
 E, H, B, T, S = 32, 4, 3, 17, 23
 
 
-@pytest.fixture(autouse=True)
-def _every_size(monkeypatch):
-    """Small inputs go to the kernel, too."""
-    monkeypatch.setattr(module, "SMALL", 0)
-    monkeypatch.setattr(module, "FEW", 0)
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """How often fastllm's attention ran."""
@@ -155,8 +147,7 @@ def test_what_is_torchs_stays_torchs(calls):
         ours(x, x, x, need_weights=False, is_causal=True)
 
 
-def test_small_inputs_are_torchs(monkeypatch, calls):
-    monkeypatch.setattr(module, "SMALL", 1 << 20)
+def test_small_inputs_are_torchs(by_size, calls):
     ours, stock = pair()
     x = torch.randn(B, T, E)
     pairs = (m(x, x, x, need_weights=False)[0] for m in (ours, stock))

@@ -9,17 +9,13 @@ from swap_models import CAUSAL, build
 from torch import nn
 
 import fastllm.swap
-from fastllm.nn import attention as module
 
 pytest.importorskip("transformers")
 
 
 @pytest.fixture(autouse=True)
-def _every_size(monkeypatch):
-    monkeypatch.setattr(module, "SMALL", 0)
-    monkeypatch.setattr(module, "FEW", 0)
+def _threads():
     torch.set_num_threads(1)
-    torch.manual_seed(0)
 
 
 @pytest.fixture

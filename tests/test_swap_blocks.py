@@ -284,9 +284,9 @@ def test_other_linears_are_left_with_the_reason():
     }
 
 
-def test_attention_of_torch_is_none_of_ours():
+def test_projections_inside_of_torchs_attention_are_none_of_ours():
     model = nn.MultiheadAttention(8, 2)
-    assert not fastllm.swap(model).report().rows
+    assert [row.kind for row in fastllm.swap(model).report().rows] == ["attention"]
 
 
 def test_tied_weights_stay_tied():

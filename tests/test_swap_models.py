@@ -50,7 +50,8 @@ def test_model_is_proven_and_restored(name):
     report = handle.report()
     assert [row.path for row in report.left] == LEFT.get(name, []), str(report)
     assert f"swapped {EXPECTED[name]}; left" in report.summary, str(report)
-    ran = [row for row in report.swapped if row.path != "shared"]  # T5's stacks have their own
+    # T5's stacks have their own; attention takes several inputs: the whole model proves it
+    ran = [r for r in report.swapped if r.path != "shared" and r.kind != "attention"]
     assert all(row.error is not None and row.error <= row.budget for row in ran)
     assert "verified outputs and gradients" in report.notes[-1]
     assert len(report.notes) == 1, "the oracle has to be float64"
@@ -172,7 +173,7 @@ def test_real_encoder():
     assert not report.left, str(report)
     assert report.summary.startswith(
         "swapped 13 norms, 37 linears, 3 embeddings, 6 activations; "
-        "fused 13 residual additions, 6 MLPs; left 0"
+        "fused 13 residual additions, 6 MLPs, 6 attention functions; left 0"
     )
     handle.restore()
     assert same(before, snapshot(model))

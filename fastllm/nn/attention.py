@@ -12,10 +12,6 @@ from fastllm.nn.linear import Linear
 from fastllm.nn.norm import RMSNorm
 from fastllm.nn.worth import worth
 
-# on the CPU, numbers multiplied with keys (B H T S D) and queries of a sequence, below which torch
-# is not slower, as measured
-SMALL, FEW = 1 << 25, 16
-
 
 def worth_attention(
     query: Tensor,
@@ -31,8 +27,6 @@ def worth_attention(
     """Whether attention of query [B, H, T, D] runs on anything but torch here."""
     if torch.compiler.is_compiling():
         return True
-    if query.is_cpu and (query.shape[2] < FEW or query.numel() * key.shape[2] < SMALL):
-        return False
     op, right = OPS["attention"], 0 if is_causal else -1
     args = (query, key, value, attn_mask, None, sinks, None, 0.0, 1.0, -1, right, 0, softcap)
     if training is None:
@@ -132,14 +126,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return False
         if self.backend is not None:
             return True
-        small = query.is_cpu and (t < FEW or query.numel() * s < SMALL)
-        if small and not torch.compiler.is_compiling():
-            return False
         q, k = (query.new_empty((batch, self.num_heads, n, self.head_dim)) for n in (t, s))
         training = torch.is_grad_enabled() and (
             query.requires_grad or self.out_proj.weight.requires_grad
         )
-        return worth_attention(q, k, k, training=training)
+        hidden = mask if padding is None else padding[:, None, None]
+        return worth_attention(q, k, k, hidden, training=training)
 
     def _sizes(self, x: Tensor) -> tuple[int, int]:
         """Batch and length."""

@@ -8,6 +8,7 @@ second gives it to the caller, and takes its gradient. A backend states the seco
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastllm.core.backend import Backend
@@ -22,26 +23,32 @@ KERNELS: tuple[dict[str, Backend], ...] = (cpu.BACKENDS, triton.BACKENDS)
 
 # products of the scores, from which the kernels win back what a call from Python costs
 SMALL = 1 << 23
-# query rows that share a key head, up to which torch reads the keys faster
+# queries that share a key head, up to which torch reads the keys faster
 FEW = 16
+# keys, from which the kernels are at their best: of float32, of 16 bits with a mask
+LONG, LONG_MASKED = 512, 1024
 
 
 def _stock_first(training: bool, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> bool:
-    """What torch's own kernel takes as it is, small or with few queries."""
-    _, slopes, sinks, _, p, _, left, right, diagonal, cap = rest
+    """What torch's own kernel takes as it is, where that was measured to be faster on CPUs."""
+    mask, slopes, sinks, _, p, _, left, right, diagonal, cap = rest
     if not query.is_cpu or slopes is not None or sinks is not None or p or cap:
         return False
     if left >= 0 or right > 0 or (right == 0 and diagonal):
         return False
-    return _small(query, key) or (not training and _few(query, key))
+    s = key.shape[2]
+    if query.numel() * s < SMALL:
+        return True
+    if training:
+        return False
+    if query.dtype != torch.float32:
+        return _few(query, key) or (mask is not None and s < LONG_MASKED)
+    slow = mask is not None or query.shape[3] < 64 or torch.get_num_threads() == 1
+    return _few(query, key) or (slow and s < LONG)
 
 
 def _cache_stock_first(training: bool, query: Tensor, key: Tensor, *_: Any) -> bool:
     return query.is_cpu and _few(query, key)
-
-
-def _small(query: Tensor, key: Tensor) -> bool:
-    return query.numel() * key.shape[2] < SMALL
 
 
 def _few(query: Tensor, key: Tensor) -> bool:
