@@ -30,6 +30,7 @@ _PLAIN = frozenset((Tensor, Parameter))
 _TRACED = (FakeTensor, FunctionalTensor)
 _modes, _function_modes, _transforms, _autocast, _tracing = GUARDS
 _grad_enabled = torch.is_grad_enabled
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 @dataclass(frozen=True)
@@ -325,6 +326,8 @@ def _differentiable(op: Op) -> Callable[..., Any]:
             out = None if run.fast is None else run.fast(*args)
             if out is None:
                 out = run.forward(*args)
+                if not mutates:
+                    out = tuple(map(_base, out)) if isinstance(out, tuple) else _base(out)
             saved = saved_of(args, out)
             ctx.save_for_backward(*pick_tensors(saved))
             ctx.call = run, pick_others(saved)
@@ -348,6 +351,11 @@ def _differentiable(op: Op) -> Callable[..., Any]:
 
     Call.__name__ = Call.__qualname__ = f"fastllm_{op.name}"
     return super(torch.autograd.Function, Call).apply
+
+
+def _base(result: Any) -> Any:
+    """A new result as no view: autograd would not let its owner write to one in place."""
+    return result if result is None or not result._is_view() else _unsafe_view(result, result.shape)
 
 
 def _picker(places: tuple[int, ...]) -> Callable[[tuple], tuple]:
