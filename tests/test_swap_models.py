@@ -43,9 +43,10 @@ def outputs(model, inputs):
 def test_model_is_proven_and_restored(name):
     model, inputs = build(name)
     before = snapshot(model)
+    stock = outputs(model.eval(), inputs)  # dropout of attention draws other numbers than torch's
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        stock = outputs(model, inputs)
+        trained = outputs(model.train(), inputs)
     handle = fastllm.swap(model, verify=inputs)
     report = handle.report()
     assert [row.path for row in report.left] == LEFT.get(name, []), str(report)
@@ -56,16 +57,15 @@ def test_model_is_proven_and_restored(name):
     assert "verified outputs and gradients" in report.notes[-1]
     assert len(report.notes) == 1, "the oracle has to be float64"
     assert model.training and all(p.grad is None for p in model.parameters())
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        swapped = outputs(model, inputs)
+    swapped = outputs(model.eval(), inputs)
+    model.train()
     assert torch.allclose(swapped, stock, rtol=1e-4, atol=1e-5)
     assert list(model.state_dict()) == [k for k, _ in before[1]]
     handle.restore()
     assert same(before, snapshot(model))
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        assert torch.equal(outputs(model, inputs), stock)
+        assert torch.equal(outputs(model, inputs), trained)
 
 
 @pytest.mark.parametrize("name", MOST)

@@ -151,7 +151,7 @@ def test_frozen_model_compares_outputs():
     assert "verified outputs on 1 input" in fastllm.swap(m, verify=X).report().notes[-1]
 
 
-def test_model_that_cannot_run_in_float64():
+def test_model_that_cannot_run_in_float64(by_size):
     class Fixed(Block):
         def forward(self, x):
             return super().forward(x.float()) @ torch.ones(16, 16)

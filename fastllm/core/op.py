@@ -327,7 +327,7 @@ def _differentiable(op: Op) -> Callable[..., Any]:
             if out is None:
                 out = run.forward(*args)
                 if not mutates:
-                    out = tuple(map(_base, out)) if isinstance(out, tuple) else _base(out)
+                    out = _base(out) if isinstance(out, Tensor) else tuple(map(_base, out))
             saved = saved_of(args, out)
             ctx.save_for_backward(*pick_tensors(saved))
             ctx.call = run, pick_others(saved)
@@ -355,7 +355,8 @@ def _differentiable(op: Op) -> Callable[..., Any]:
 
 def _base(result: Any) -> Any:
     """A new result as no view: autograd would not let its owner write to one in place."""
-    return result if result is None or not result._is_view() else _unsafe_view(result, result.shape)
+    view = isinstance(result, Tensor) and result._is_view()
+    return _unsafe_view(result, result.shape) if view else result
 
 
 def _picker(places: tuple[int, ...]) -> Callable[[tuple], tuple]:
