@@ -323,7 +323,8 @@ def test_ours_and_stock_compute_the_same(op, direction, monkeypatch):
 
 @pytest.mark.parametrize("op", TIMED, ids=lambda op: op.name)
 def test_bound_is_the_public_function(op):
-    args = next(args for c in op.cases if "quick" in c.tags and sayable(op, args := c.args()))
+    quick = (c for c in op.cases if "quick" in c.tags and c.dtype == torch.float32)
+    args = next(args for c in quick if sayable(op, args := c.args()))
     torch.testing.assert_close(bound(op, args)(), op(*args))
 
 
