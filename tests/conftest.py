@@ -60,11 +60,11 @@ def _kernels():
     from fastllm.nn import worth
     from fastllm.ops.matmul import worth as products
 
-    before = {op: op.stock_first for op in OPS.values()}
-    for op in before:
-        op.stock_first = None
-    worth.PASS = products.SMALL = 0
-    products.AT_PEAK = frozenset()
+    limits = [(worth, "PASS", 0), (products, "SMALL", 0), (products, "AT_PEAK", frozenset())]
+    limits += [(op, "stock_first", None) for op in OPS.values()]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in limits]
+    for owner, name, value in limits:
+        setattr(owner, name, value)
     return before
 
 
@@ -72,12 +72,14 @@ def _kernels():
 def by_size(monkeypatch, _kernels):
     """Sizes decide again, as they do for a user."""
 
+    from fastllm.core.op import OPS
+
     def forget():
-        for op in _kernels:
+        for op in OPS.values():
             op.known_calls.reset()
 
-    for op, stock_first in _kernels.items():
-        monkeypatch.setattr(op, "stock_first", stock_first)
+    for owner, name, value in _kernels:
+        monkeypatch.setattr(owner, name, value)
     forget()
     yield forget
     monkeypatch.undo()
