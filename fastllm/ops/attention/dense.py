@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllm.core.autocast import cast, casting
 from fastllm.ops.attention import spec
 from fastllm.ops.attention.ops import attention_lse_op, attention_op
 
-_autocast = torch._C._is_any_autocast_enabled
 _ALIGNMENTS = ("top_left", "bottom_right")
 
 
@@ -62,16 +62,15 @@ def scaled_dot_product_attention(
     except AttributeError:
         spec.require_tensors(query=query, key=key, value=value)
         raise
-    if _autocast() or torch.compiler.is_compiling():
-        kind = autocasting(query)
-        if kind is not None:
-            query, key, value, attn_mask = cast(kind, query, key, value, attn_mask)
-            with torch.autocast(kind, enabled=False):
-                return scaled_dot_product_attention(
-                    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                    causal_align=causal_align, window=window, softcap=softcap,
-                    alibi_slopes=alibi_slopes, sinks=sinks, return_lse=return_lse, backend=backend,
-                )  # fmt: skip
+    kind = casting(query)
+    if kind is not None:
+        query, key, value, attn_mask = cast(kind, query, key, value, attn_mask)
+        with torch.autocast(kind, enabled=False):
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                causal_align=causal_align, window=window, softcap=softcap,
+                alibi_slopes=alibi_slopes, sinks=sinks, return_lse=return_lse, backend=backend,
+            )  # fmt: skip
     left, right = (-1, 0 if is_causal else -1) if window is None else bounds(window, is_causal)
     diagonal = 0
     if causal_align != "top_left":
@@ -199,21 +198,3 @@ def _heads(
     if groups[0] != groups[1]:
         k, v = (t.expand(*t.shape[:-3], heads, *t.shape[-2:]) for t in (k, v))
     return heads, k, v
-
-
-def autocasting(input: Any) -> str | None:
-    """The device type for which autocast is on, if input is there."""
-    kind = input.device.type
-    on = kind in ("cpu", "cuda", "xpu") and torch.is_autocast_enabled(kind)
-    return kind if on else None
-
-
-_LOWERED = frozenset((torch.float32, torch.float16, torch.bfloat16))
-
-
-def cast(kind: str, *tensors: Any) -> tuple:
-    """What autocast makes of the arguments of torch's own attention."""
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.dtype in _LOWERED else t for t in tensors
-    )

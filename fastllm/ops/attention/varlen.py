@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllm.core.autocast import cast, casting
 from fastllm.ops.attention import spec
-from fastllm.ops.attention.dense import autocasting, bounds, cast, check_alignment, new_seed
+from fastllm.ops.attention.dense import bounds, check_alignment, new_seed
 from fastllm.ops.attention.ops import attention_varlen_lse_op, attention_varlen_op
 
 
@@ -43,7 +44,7 @@ def attention_varlen(
     would have to wait; there, what lies outside of the tokens is not attended).
     """
     spec.require_tensors(query=query, key=key, value=value)
-    kind = autocasting(query)
+    kind = casting(query)
     if kind is not None:
         query, key, value = cast(kind, query, key, value)
         with torch.autocast(kind, enabled=False):

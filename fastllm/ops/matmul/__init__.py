@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllm.core.autocast import cast, casting
 from fastllm.core.backend import Backend
 from fastllm.core.dispatch import define
 from fastllm.core.op import Op
@@ -149,13 +150,13 @@ def linear(
     Returns [*, N]. Raises ValueError or TypeError for arguments that do not fit,
     fastllm.UnsupportedError when `backend` cannot serve the call.
     """
-    kind = _autocasting(input)
+    kind = casting(input)
     if kind is not None:
         with torch.autocast(kind, enabled=False):
             return linear(
-                *_cast(kind, input, weight, bias),
+                *cast(kind, input, weight, bias),
                 activation=activation,
-                residual=_cast(kind, residual)[0],
+                residual=cast(kind, residual)[0],
                 backend=backend,
             )
     op = linear_op
@@ -177,10 +178,10 @@ def gated_linear(
 
     input [*, K], both weights [N, K]; activations, result [*, N] and errors as for `linear`.
     """
-    kind = _autocasting(input)
+    kind = casting(input)
     if kind is not None:
         with torch.autocast(kind, enabled=False):
-            args = _cast(kind, input, weight_gate, weight_up)
+            args = cast(kind, input, weight_gate, weight_up)
             return gated_linear(*args, activation=activation, backend=backend)
     if _differentiated(input, weight_gate, weight_up):
         return gated_linear_pre_op(input, weight_gate, weight_up, activation, backend=backend)[0]
@@ -192,10 +193,10 @@ def matmul(input: Tensor, other: Tensor, *, backend: str | None = None) -> Tenso
 
     Both of one floating dtype; summed in float32, rounded once. Errors as for `linear`.
     """
-    kind = _autocasting(input)
+    kind = casting(input)
     if kind is not None:
         with torch.autocast(kind, enabled=False):
-            return matmul(*_cast(kind, input, other), backend=backend)
+            return matmul(*cast(kind, input, other), backend=backend)
     return matmul_op(input, other, backend=backend)
 
 
@@ -203,23 +204,3 @@ def _differentiated(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(
         t is not None and isinstance(t, Tensor) and t.requires_grad for t in tensors
     )
-
-
-def _autocasting(input: Any) -> str | None:
-    """The device type for which autocast is on, if input is there."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
-        return None
-    kind = input.device.type if isinstance(input, Tensor) else None
-    on = kind in ("cpu", "cuda", "xpu") and torch.is_autocast_enabled(kind)
-    return kind if on else None
-
-
-def _cast(kind: str, *tensors: Any) -> tuple:
-    """What autocast makes of the arguments of torch's own linear."""
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.dtype in _LOWERED else t for t in tensors
-    )
-
-
-_LOWERED = frozenset((torch.float32, torch.float16, torch.bfloat16))
