@@ -21,8 +21,8 @@ struct BackwardPlan {
         grid(c, C),
         keys(most(1, least(kKeys, c.s))),
         tiles(ceil_div(c.s, keys)),
-        k(keys, c.d, chain_of(c)),
-        v(keys, c.dv, chain_of(c)) {
+        k(keys, c.d, care_of(c)),
+        v(keys, c.dv, care_of(c)) {
     rows = touched(k, keys);
     k_panels = ceil_div(c.d, C);
     v_panels = ceil_div(c.dv, C);
@@ -42,7 +42,7 @@ struct BackwardPlan {
   i64 right_room() const { return (E::words(c.d) + E::words(c.dv)) * C; }
   i64 across_room() const { return (k_panels + v_panels) * kDeep * C; }
   i64 panel_room() const {
-    return i64(sizeof(Panel<C>)) / 4 + 4 * C + right_room() + across_room() +
+    return i64(sizeof(Panel<C>)) / 4 + 8 * C + right_room() + across_room() +
            k.turned_rows() * C;
   }
   i64 slot_room() const {
@@ -96,8 +96,10 @@ struct Backward {
     u.lse = at;
     u.weight = at + C;
     u.delta = at + 2 * C;
-    u.total = at + 3 * C;
-    u.q = at + 4 * C;
+    u.delta_rest = at + 3 * C;
+    u.sum = (double*)(at + 4 * C);
+    u.total = (double*)(at + 6 * C);
+    u.q = at + 8 * C;
     u.dout = u.q + E::words(c.d) * C;
     u.q_across = u.dout + E::words(c.dv) * C;
     u.dout_across = u.q_across + plan.k_panels * kDeep * C;
@@ -123,14 +125,17 @@ struct Backward {
     for (int l = 0; l < C; ++l) {
       const float lse = l < p.rows ? *row_at<float>(c.lse, q, p.head[l], p.at[l]) : -kInf;
       const double bits = lse / worth;
-      u.lse[l] = lse == -kInf ? kInf : float(bits - __builtin_log2(double(most(1, p.last[l] - p.first[l] + 1))));
+      const double keys = double(most(1, p.last[l] - p.first[l] + 1));
+      u.lse[l] = lse == -kInf ? kInf : float(bits - __builtin_log2(keys));
       u.weight[l] = lse == -kInf ? 1.0f : float(__builtin_exp2(double(u.lse[l]) - bits));
     }
     pack_rows_of(c.q, q, p, c.d, r.copy, u.q, u.q_across);
     pack_rows_of(a.grad_out, q, p, c.dv, r.copy, u.dout, u.dout_across);
-    if (precise()) {
-      for (int l = 0; l < C; ++l) u.delta[l] = u.total[l] = 0.0f;
-    } else {
+    for (int l = 0; l < C; ++l) {
+      u.delta[l] = u.delta_rest[l] = 0.0f;
+      u.sum[l] = u.total[l] = 0.0;
+    }
+    if (!precise(p)) {
       with_rows<E>(c.out, q, p, c.dv, r.copy, [&](const T* src, i64 step) {
         E::pack_right(src, step, 1, p.rows, c.dv, E::words(c.dv), r.out);
       });
@@ -145,6 +150,13 @@ struct Backward {
     const bool few = std::is_same_v<T, float> && c.t * c.s <= 2048;
     return few || c.sinks || c.dropout > 0 || a.dmask;
   }
+  // Does the panel see the keys of one tile only? Then the products for it are there already.
+  bool alone(const Panel<C>& p) const {
+    return p.from < p.to && p.from / plan.keys == (p.to - 1) / plan.keys;
+  }
+  bool precise(const Panel<C>& p) const {
+    return precise() || (!Traits<E>::kPairs && alone(p));
+  }
 
   void finish_delta(const Sequence& q, const Panel<C>& p, const Upstream<C>& u) const {
     const double worth = exponent_worth(c);
@@ -157,15 +169,17 @@ struct Backward {
       double share = 0;
       if (c.sinks)
         share = __builtin_exp2(c.sinks[p.head[l]] / worth - double(u.lse[l])) * u.weight[l];
-      if (precise()) {
-        const double total = double(u.total[l]) + share;
+      double delta = u.delta[l];
+      if (precise(p)) {
+        const double total = u.total[l] + share;
         u.weight[l] = float(u.weight[l] / total);
-        u.delta[l] = float(u.delta[l] / total);
+        delta = u.sum[l] / total;
         share /= total;
       }
-      if (a.grad_lse.data) u.delta[l] -= *row_at<float>(a.grad_lse, q, p.head[l], p.at[l]);
-      if (a.sink.data)
-        *row_at<float>(a.sink, q, p.head[l], p.at[l]) = -float(share * double(u.delta[l]));
+      if (a.grad_lse.data) delta -= *row_at<float>(a.grad_lse, q, p.head[l], p.at[l]);
+      if (a.sink.data) *row_at<float>(a.sink, q, p.head[l], p.at[l]) = -float(share * delta);
+      u.delta[l] = float(delta);
+      u.delta_rest[l] = float(delta - double(u.delta[l]));
     }
   }
 
@@ -195,27 +209,28 @@ struct Backward {
     return true;
   }
 
-  // delta += the probabilities of a tile times dP.
-  void add_delta(const Room& r, i64 i, i64 j0, i64 n) const {
-    if (!multiply(r, i, j0, n, r.s, r.d)) return;
-    const Panel<C>& p = r.panels[i];
-    const Upstream<C> u = upstream(r, i);
+  // The sums of a tile's probabilities, alone and times dP.
+  void add_delta(const Panel<C>& p, const Upstream<C>& u, const float* s, const float* d, i64 j0,
+                 i64 n) const {
     const Keep keep(c.dropout);
     const Vec factor = set1(exponent_factor(c));
     for (int v = 0; v < C; v += W) {
       const Words key = (Words)load((const float*)p.key + v).v;
       const Words other = (Words)load((const float*)p.other + v).v;
       const Vec lse = neg(load(u.lse + v)), weight = load(u.weight + v);
-      Vec sum = zero(), total = zero();
+      Wide sum = {}, total = {};
       for (i64 row = 0; row < n; ++row) {
-        const Vec t = fma(load(r.s + row * C + v), factor, lse);
+        const Vec t = fma_once(load(s + row * C + v), factor, lse);
         Vec e = exp2_of<Traits<E>::kDegree>(t) * weight;
-        total = total + e;
+        total += __builtin_convertvector(e.v, Wide);
         if (c.dropout > 0) e = e * keep(key, other, j0 + row);
-        sum = fma(e, load(r.d + row * C + v), sum);
+        sum += __builtin_convertvector(e.v, Wide) *
+               __builtin_convertvector(load(d + row * C + v).v, Wide);
       }
-      store(u.delta + v, load(u.delta + v) + sum);
-      store(u.total + v, load(u.total + v) + total);
+      for (int l = 0; l < W; ++l) {
+        u.sum[v + l] += sum[l];
+        u.total[v + l] += total[l];
+      }
     }
   }
 
@@ -225,7 +240,12 @@ struct Backward {
     const Panel<C>& p = r.panels[i];
     const Upstream<C> u = upstream(r, i);
     float *s = Traits<E>::kPairs ? r.s : left_p, *d = Traits<E>::kPairs ? r.d : left_d;
-    if (!multiply(r, i, j0, n, s, d)) return false;
+    const bool seen = multiply(r, i, j0, n, s, d);
+    if (precise(p) && alone(p) && p.from / plan.keys == j0 / plan.keys) {
+      if (seen) add_delta(p, u, s, d, j0, n);
+      finish_delta(q, p, u);
+    }
+    if (!seen) return false;
     const i64 rows = touched(plan.k, n);
     const bool cap = c.softcap > 0;
     const float factor = exponent_factor(c);
@@ -257,9 +277,12 @@ struct Backward {
     const float* b[Plan::kBlock];
     for (i64 j = 0; j < columns; ++j) {
       for (int i = 0; i < panels; ++i) b[i] = right[i] + j * kDeep * C;
+      const int step = plan.k.chain <= 16 ? 1 : panels;  // panels that are summed in one go
       for (i64 k = 0; k < plan.k.panels(n); ++k)
-        Traits<E>::across(plan.k.height, panels, left + k * plan.k.height * kDeep,
-                          plan.rows * kDeep, b, sums + (j * plan.rows + k * plan.k.height) * C);
+        for (int i = 0; i < panels; i += step)
+          Traits<E>::across(plan.k.height, step,
+                            left + (i * plan.rows + k * plan.k.height) * kDeep, plan.rows * kDeep,
+                            b + i, sums + (j * plan.rows + k * plan.k.height) * C);
     }
   }
 
@@ -284,13 +307,19 @@ struct Backward {
       to = most(to, r.panels[i].to);
     }
     const i64 start = from / plan.keys * plan.keys;
-    if (precise())
+    bool shared = false;  // is there a panel whose sums take more than one tile?
+    for (i64 i = 0; i < count; ++i)
+      shared = shared || (r.panels[i].from < r.panels[i].to && !alone(r.panels[i]));
+    if (precise() && shared)
       for (i64 j0 = start; j0 < to; j0 += plan.keys) {
         const i64 n = pack_tile(q, r, g, j0, false);
-        for (i64 i = 0; i < count; ++i) add_delta(r, i, j0, n);
+        for (i64 i = 0; i < count; ++i)
+          if (!alone(r.panels[i]) && multiply(r, i, j0, n, r.s, r.d))
+            add_delta(r.panels[i], upstream(r, i), r.s, r.d, j0, n);
       }
     for (i64 i = 0; i < count; ++i)
-      if (r.panels[i].rows > 0) finish_delta(q, r.panels[i], upstream(r, i));
+      if (r.panels[i].rows > 0 && !(precise(r.panels[i]) && alone(r.panels[i])))
+        finish_delta(q, r.panels[i], upstream(r, i));
     for (i64 j0 = start; j0 < to; j0 += plan.keys) {
       const i64 n = pack_tile(q, r, g, j0, true), tile = j0 / plan.keys;
       float* dk = sums + tile * plan.tile_sums();

@@ -52,12 +52,12 @@ APART void fold(float* s, i64 n, [[maybe_unused]] i64 deep, float c, Running<E::
         const float* at = s + r * C + j * W;
         Vec low = zero(), high = zero();
         if (r < n) {
-          low = exp2_of<kDegree>(fma(load(at), factor, base[j]));
+          low = exp2_of<kDegree>(fma_once(load(at), factor, base[j]));
           sum[j] = sum[j] + low;
           low = keep(low, r, j * W);
         }
         if (r + 1 < n) {
-          high = exp2_of<kDegree>(fma(load(at + C), factor, base[j]));
+          high = exp2_of<kDegree>(fma_once(load(at + C), factor, base[j]));
           sum[j] = sum[j] + high;
           high = keep(high, r + 1, j * W);
         }
@@ -69,7 +69,7 @@ APART void fold(float* s, i64 n, [[maybe_unused]] i64 deep, float c, Running<E::
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
         float* at = s + r * C + j * W;
-        const Vec e = exp2_of<kDegree>(fma(load(at), factor, base[j]));
+        const Vec e = exp2_of<kDegree>(fma_once(load(at), factor, base[j]));
         sum[j] = sum[j] + e;
         store(at, keep(e, r, j * W));
       }
@@ -143,8 +143,8 @@ struct ForwardPlan {
       : grid(c, C),
         keys(most(1, least(Traits<E>::kKeys, c.s))),
         tiles(ceil_div(c.s, keys)),
-        k(keys, c.d, chain_of(c)),
-        v(keys, c.dv, chain_of(c)) {
+        k(keys, c.d, care_of(c)),
+        v(keys, c.dv, care_of(c)) {
     q_words = E::words(c.d) * C;
     block = least(kMostPanels, grid.panels());
     while (block > 1 && c.b * c.g * ceil_div(grid.panels(), block) < 2 * c.threads)

@@ -31,7 +31,8 @@ struct Upstream {
   // [C]: about the denominator's log2 for each key, so that exponents are small and round little,
   // +inf where there is none; and the factor that is missing.
   float *lse, *weight;
-  float *delta, *total;  // [C]: what is subtracted from dP, and the sum of the probabilities
+  float *delta, *delta_rest;  // [C]: what is subtracted from dP, and what its rounding left
+  double *sum, *total;        // [C]: of probabilities times dP, and of the probabilities
   float *q, *dout;       // right sides of the products with keys and values
   float *q_across, *dout_across;  // right sides of the products with probabilities
   float* dq;
@@ -55,13 +56,14 @@ APART void differentiate(float* s, float* d, i64 n, i64 rows, float factor,
   }
   // probabilities and gradients of one vector
   const auto both = [&](i64 r, int j, Vec& p, Vec& dx) INLINE_LAMBDA {
-    p = exp2_of<kDegree>(fma(load(s + r * C + j * W), scale, lse[j])) * weight[j];
+    p = exp2_of<kDegree>(fma_once(load(s + r * C + j * W), scale, lse[j])) * weight[j];
     const Vec dp = load(d + r * C + j * W);
+    const Vec rest = load(up.delta_rest + j * W);
     if constexpr (Whole) {
-      dx = p * (dp - delta[j]);
+      dx = p * (dp - delta[j] - rest);
     } else {
       const Vec kept = keep(r, j * W);
-      dx = p * (dp * kept - delta[j]);
+      dx = p * (dp * kept - delta[j] - rest);
       p = p * kept;
       if (plain) store(plain + r * C + j * W, dx);
       if (slope) dx = dx * load(slope + r * C + j * W);

@@ -237,10 +237,12 @@ APART void turn_mask(const Call& c, const Panel<C>& p, i64 j0, i64 n, float* out
 
 // ---- scores
 
-// Terms summed in one go: fewer where there are few scores, whose errors are not averaged out.
-INLINE i64 chain_of(const Call& c) {
+// The fewer scores there are, the less their errors are averaged out; and small calls are soon done.
+INLINE Care care_of(const Call& c) {
+  constexpr i64 kSmall = 1 << 22;  // products
   const i64 scores = c.t * c.s;
-  return scores < (1 << 12) ? 8 : scores <= (1 << 14) ? 16 : 1 << 20;
+  const i64 chain = scores < (1 << 12) ? 8 : scores <= (1 << 14) ? 16 : 1 << 20;
+  return {chain, scores <= (1 << 14) && c.b * c.h * scores * (c.d + c.dv) <= kSmall};
 }
 
 // Is there more to a score than a positive scale and what is seen?

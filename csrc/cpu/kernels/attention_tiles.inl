@@ -161,6 +161,13 @@ struct Traits<Tiles> {
 
 // ---- operands
 
+// How sums are made: words before they join the total, few where errors do not average out; and
+// whether scores, of which the probabilities are exponentials, are summed in double.
+struct Care {
+  i64 chain;
+  bool exact;
+};
+
 // How a tile of up to `keys` rows of `width` numbers is cut as the left side: along the numbers
 // (scores), or along the keys (sums of rows). `n` rows of it may be in use.
 template <class E>
@@ -168,9 +175,11 @@ struct Left {
   i64 keys, width;
   int height, turned_height;
   i64 words;  // of the width
-  i64 chain;  // words summed before they join the total: few where errors do not average out
-  Left(i64 keys_, i64 width_, i64 chain_) : keys(keys_), width(width_) {
-    chain = Traits<E>::kPairs ? E::kWords : least(chain_, E::kWords);
+  i64 chain;
+  bool exact;
+  Left(i64 keys_, i64 width_, Care care) : keys(keys_), width(width_) {
+    chain = Traits<E>::kPairs ? E::kWords : least(care.chain, E::kWords);
+    exact = care.exact && !Traits<E>::kPairs;
     height = E::rows(most(1, keys));
     turned_height = E::rows(most(1, width));
     words = E::words(width);
@@ -206,9 +215,31 @@ INLINE void multiply_panel(int height, i64 words, i64 chain, const float* a, con
     E::micro(height, least(chain, words - w), a + w * height, b + w * E::kCols, c, add || w);
 }
 
+// W doubles.
+typedef double Wide __attribute__((vector_size(8 * W)));
+
+// The same, summed in double and rounded once.
+template <class E>
+APART void multiply_exactly(int height, i64 words, const float* a, const float* b, float* c) {
+  for (int i = 0; i < height; ++i)
+    for (int v = 0; v < E::kCols; v += W) {
+      Wide sum = {};
+      for (i64 w = 0; w < words; ++w)
+        sum += double(a[w * height + i]) *
+               __builtin_convertvector(load(b + w * E::kCols + v).v, Wide);
+      store(c + i * E::kCols + v, {__builtin_convertvector(sum, Floats)});
+    }
+}
+
 // scores [n keys, in whole panels][C] = keys times the queries in b.
 template <class E>
 INLINE void scores_of(const Left<E>& left, i64 n, const float* a, const float* b, float* c) {
+  if (left.exact) {
+    for (i64 i = 0; i < left.panels(n); ++i)
+      multiply_exactly<E>(left.height, left.words, a + i * left.height * left.words, b,
+                          c + i * left.height * E::kCols);
+    return;
+  }
   for (i64 i = 0; i < left.panels(n); ++i)
     multiply_panel<E>(left.height, left.words, left.chain, a + i * left.height * left.words, b,
                       c + i * left.height * E::kCols, false);
