@@ -248,7 +248,7 @@ def _cache(
     return out, lse
 
 
-def _supports(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> str | None:
+def _supports(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
     if not query.is_cpu:
         return f"query on {query.device}: the kernels run on the CPU"
     if query.dtype not in _CODES:
@@ -256,18 +256,11 @@ def _supports(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> str | No
     widest = max(query.shape[-1], value.shape[-1])
     if widest > _MOST_WIDTH or not min(query.shape[-1], value.shape[-1]):
         return f"a head of {widest}: the kernels take 1 to {_MOST_WIDTH}"
-    mask = rest[0] if rest else None
-    if isinstance(mask, Tensor) and mask.dtype == torch.float32 != query.dtype:
-        return f"float32 mask of a {query.dtype} query: computed by torch"
     return None
-
-
-def _supports_varlen(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
-    return _supports(query, key, value)
 
 
 BACKENDS: dict[str, Backend] = {
     "attention": Backend("cpu", _forward, _backward, _supports),
-    "attention_varlen": Backend("cpu", _forward_varlen, _backward_varlen, _supports_varlen),
-    "attention_cache": Backend("cpu", _cache, attention_cache_backward, _supports_varlen),
+    "attention_varlen": Backend("cpu", _forward_varlen, _backward_varlen, _supports),
+    "attention_cache": Backend("cpu", _cache, attention_cache_backward, _supports),
 }
