@@ -9,10 +9,12 @@ See fastllm.functional, fastllm.nn, and `fastllm --help`.
 from fastllm import functional as functional
 from fastllm import nn as nn
 from fastllm import optim as optim
+from fastllm import quant as quant
 from fastllm.core.backend import backend as backend
 from fastllm.core.errors import UnsupportedError as UnsupportedError
 from fastllm.core.memory import empty_cache as empty_cache
 from fastllm.core.memory import memory_stats as memory_stats
+from fastllm.quant.models import quantize as quantize
 from fastllm.swap import swap as swap
 from fastllm.swap.tuning import tune as tune
 

@@ -281,3 +281,12 @@ def test_compiles_whole():
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.randn(4, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_are_equal_to_the_bit(dtype):
+    torch.manual_seed(0)
+    a, b = torch.randn(301, 257).to(dtype), torch.randn(403, 257).to(dtype)
+    whole = products.cpu(a, b, block=products.BLOCKS[0])
+    for block in (1, *products.BLOCKS[1:], 10**6):
+        assert torch.equal(products.cpu(a, b, block=block), whole)

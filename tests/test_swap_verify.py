@@ -9,7 +9,7 @@ from torch import nn
 
 import fastllm.functional
 import fastllm.swap
-from fastllm.swap import run
+from fastllm.core import run
 
 
 class Block(nn.Module):

@@ -14,13 +14,14 @@ void gemm(int dtype, int out_dtype, int64_t batch, int64_t m, int64_t n, int64_t
           int64_t a_row, int64_t a_col, int64_t a_batch, ptr b, int64_t b_row, int64_t b_col,
           int64_t b_batch, ptr b2, int64_t b2_row, int64_t b2_col, ptr packed, ptr packed2,
           ptr bias, ptr residual, ptr out, ptr pre, ptr pre2, int activation, float scale,
-          int accumulate, int threads) {
+          int accumulate, int block_rows, int threads) {
   gemm::kernels().multiply({dtype, out_dtype, batch, m, n, k,
                             {at(a), a_row, a_col, a_batch},
                             {at(b), b_row, b_col, b_batch},
                             {at(b2), b2_row, b2_col, 0},
                             at(packed), at(packed2), at(bias), at(residual), at(out), at(pre),
-                            at(pre2), n, m * n, activation, scale, accumulate, threads});
+                            at(pre2), n, m * n, activation, scale, accumulate,
+                            block_rows, threads});
 }
 
 void gemm_pack(int dtype, ptr b, int64_t b_row, int64_t b_col, int64_t n, int64_t k, ptr packed,
@@ -44,7 +45,7 @@ void bind_gemm(py::module_& m) {
   def_kernel<gemm>(m, "gemm",
                    "dtype, out_dtype, batch, m, n, k, a, a_row, a_col, a_batch, b, b_row, b_col, "
                    "b_batch, b2, b2_row, b2_col, packed, packed2, bias, residual, out, pre, pre2, "
-                   "activation, scale, accumulate, threads");
+                   "activation, scale, accumulate, block_rows, threads");
   def_kernel<gemm_pack>(m, "gemm_pack", "dtype, b, b_row, b_col, n, k, packed, threads");
   def_kernel<activation_backward>(m, "gemm_activation_backward",
                                   "dtype, activation, grad, pre, up, more_pre, more_up, grad_pre, "

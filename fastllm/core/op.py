@@ -68,6 +68,8 @@ class Op:
                        callers never see them, composite backends do not make them
     call               call(*args): the public function's call, without arguments; None: that of
                        functional's function of this name, by the schema's names
+    values             values(args, outputs): what is proven in place of outputs that are codes of
+                       numbers, not numbers
     """
 
     name: str
@@ -95,6 +97,7 @@ class Op:
     stock_first: Callable[..., bool] | None = None
     check_values: bool = False
     call: Callable[..., Callable[[], Any]] | None = None
+    values: Callable[[tuple, tuple], tuple[Tensor, ...]] | None = None
 
     def __post_init__(self) -> None:
         found = {b.name: b for b in self.implementations}

@@ -94,6 +94,8 @@ def run(
     ]
     out = op(*leaves, backend=backend)
     outputs = out if isinstance(out, tuple) else (out,)
+    if op.values is not None:
+        outputs = op.values(args, outputs)
     names = [f"output {i}" for i in range(len(outputs))]
     tensors = [o.detach() for o in outputs]
     if backward:

@@ -10,5 +10,7 @@ from fastllm.ops import loss as loss
 from fastllm.ops import matmul as matmul
 from fastllm.ops import moe as moe
 from fastllm.ops import norm as norm
+from fastllm.ops import quant as quant
+from fastllm.ops import quant_linear as quant_linear
 from fastllm.ops import rotary as rotary
 from fastllm.ops import softmax as softmax

@@ -5,10 +5,12 @@ rebuild the class from that pair, so that a swapped model can be saved and sent 
 """
 
 import weakref
-from types import MethodType
 from typing import Any, Protocol
 
 from torch import nn
+
+from fastllm.core.instances import assign as assign
+from fastllm.core.instances import is_bound
 
 
 class Recipe(Protocol):
@@ -75,20 +77,7 @@ def unfit(module: nn.Module) -> str | None:
 def _wrapped_by_accelerate(module: nn.Module) -> bool:
     """Accelerate's hooks keep the class's own forward as the instance's `_old_forward`."""
     inner = vars(module).get("_old_forward")
-    return "_hf_hook" in vars(module) and _is_bound(inner, module, type(module).forward)
-
-
-def _is_bound(value: Any, module: nn.Module, function: Any) -> bool:
-    return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is function
-
-
-def assign(module: nn.Module, cls: Any) -> None:
-    """Gives `module` the class `cls`, bound forwards in its __dict__ included."""
-    before = type(module).forward
-    object.__setattr__(module, "__class__", cls)
-    for name in ("forward", "_old_forward"):
-        if _is_bound(vars(module).get(name), module, before):
-            vars(module)[name] = MethodType(cls.forward, module)
+    return "_hf_hook" in vars(module) and is_bound(inner, module, type(module).forward)
 
 
 def _rebuild(base: type, recipe: Recipe) -> Any:

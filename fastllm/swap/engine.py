@@ -7,6 +7,8 @@ from torch import nn
 from fastllm.core.backend import check_name
 from fastllm.core.errors import UnsupportedError
 from fastllm.core.op import OPS
+from fastllm.core.run import as_calls
+from fastllm.core.select import Paths, chosen, paths_of
 from fastllm.core.tuner import table
 from fastllm.swap import classes, rules, tuning, winners
 from fastllm.swap import fused_loss as losses
@@ -16,8 +18,6 @@ from fastllm.swap.handle import Handle
 from fastllm.swap.mlp import MLP
 from fastllm.swap.report import Report, Row
 from fastllm.swap.rotary import Rotary
-from fastllm.swap.run import as_calls
-from fastllm.swap.select import Paths, chosen, paths_of
 from fastllm.swap.verify import Verification
 
 ALREADY = "already swapped"

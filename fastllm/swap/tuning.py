@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from fastllm.core.run import as_calls, preserved, run
 from fastllm.core.tuner import follow, jobs, search, table
 from fastllm.core.tuner.search import Change, Job
 from fastllm.core.tuner.tunable import TUNABLES
-from fastllm.swap.run import as_calls, preserved, run
 
 Tick = Callable[[int, int, Job], Any]
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.core.proof import Proof
+from fastllm.core.run import as_calls, preserved, run
 from fastllm.swap.handle import Handle, restore
 from fastllm.swap.prove import DRAWS, half_a_unit_off, prove_module, second_look, worst_of
 from fastllm.swap.report import MODULES, Row
-from fastllm.swap.run import as_calls, preserved, run
 
 Results = list[dict[str, Tensor]]
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.core.measure import Call, Ratio, interleave
+from fastllm.core.run import flatten, preserved
 from fastllm.swap import classes
 from fastllm.swap.handle import Handle
 from fastllm.swap.report import Row
 from fastllm.swap.rewrite import FuseAdds
-from fastllm.swap.run import flatten, preserved
 
 SECONDS = 0.3  # for one module; modules that are alike are timed once
 SLOWER = "slower here"

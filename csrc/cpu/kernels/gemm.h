@@ -29,6 +29,7 @@ struct Product {
   int activation;
   float scale;
   int accumulate;
+  int block_rows;  // of the result, at most, a task; up to kBlockRows, 0: as many
   int threads;
 };
 

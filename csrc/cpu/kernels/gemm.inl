@@ -22,6 +22,7 @@ struct Plan {
   i64 left_chunk, right_chunk;  // panels packed at a time
   i64 slices;                // of k
   bool own;                  // each task packs the right panels that it alone needs
+  i64 block;                 // rows of the result a task, at most
   i64 deep;                  // words of k summed before they join the total: few in small products
   Plan(const Product& p) {
     m = p.m, n = p.n, k = p.k;
@@ -29,6 +30,7 @@ struct Plan {
     height = E::rows(m);
     left = ceil_div(m, height);
     right = ceil_div(n, E::kCols);
+    block = p.block_rows ? least(p.block_rows, kBlockRows) : kBlockRows;
     own = left * height <= kBlockRows;
     deep = own && m * n <= (1 << 14) ? 32 : E::kWords;
     const i64 large = most(1, p.threads / 4);
@@ -42,10 +44,10 @@ struct Plan {
 // Rows and columns of a block, in panels: large enough to reuse, small enough for every thread.
 struct Cut {
   i64 rows, cols;
-  Cut(i64 left, i64 right, i64 height, i64 width, i64 slices, int threads) {
-    rows = least(left, most(1, kBlockRows / height));
+  Cut(i64 left, i64 right, i64 height, i64 width, i64 block, int threads) {
+    rows = least(left, most(1, block / height));
     cols = least(right, kBlockCols / width);
-    while (tasks(left, right) * slices < 4 * threads && (rows > 1 || cols > 1)) {
+    while (tasks(left, right) < 4 * threads && (rows > 1 || cols > 1)) {
       if (rows * height >= cols * width && rows > 1)
         rows = ceil_div(rows, 2);
       else
@@ -184,7 +186,7 @@ APART void many_rows(const Product& p, i64 batch, const Plan<E>& plan, int threa
       });
       const float* right = pack ? b : (const float*)p.packed;
       const float* right2 = pack ? b + rights * b_panel : (const float*)p.packed2;
-      const Cut cut(lefts, rights, plan.height, E::kCols, 1, threads);
+      const Cut cut(lefts, rights, plan.height, E::kCols, plan.block, threads);
       const i64 down = ceil_div(lefts, cut.rows);
       parallel_for(cut.tasks(lefts, rights), threads, [&](i64 task) {
         [[maybe_unused]] const typename E::Session session;

@@ -34,12 +34,14 @@ def cpu(
     pre: Tensor | None = None,
     out: Tensor | None = None,
     accumulate: bool = False,
+    block: int | None = None,
 ) -> Tensor:
     """Ours. a [(B,) M, K] and b [(B,) N, K]; `pre` [M, N] also receives a b^T + bias.
 
     `out`, contiguous, may be float32 for 16-bit operands; with `accumulate` it is added to.
+    `block`: the most rows of the result that one task computes; None: what the tuner knows.
     """
-    return _gemm(a, b, None, bias, activation, residual, pre, None, out, accumulate)
+    return _gemm(a, b, None, bias, activation, residual, pre, None, out, accumulate, block)
 
 
 def cpu_pair(
@@ -65,6 +67,7 @@ def _gemm(
     pre2: Tensor | None,
     out: Tensor | None,
     accumulate: bool,
+    block: int | None = None,
 ) -> Tensor:
     a, b = _readable(a), _readable(b)
     b2 = None if b2 is None else _readable(b2)
@@ -80,15 +83,23 @@ def _gemm(
         kept, kept2 = packed.pointer(b), 0 if b2 is None else packed.pointer(b2)
         if b2 is not None and not (kept and kept2):
             kept = kept2 = 0
+    block = _block_rows(a, m, k, n) if block is None else block
     _C.gemm(
         CODES[a.dtype], CODES[out.dtype], batch, m, n, k,
         a.data_ptr(), *_strides(a), b.data_ptr(), *_strides(b),
         _pointer(b2), *((0, 0) if b2 is None else _strides(b2)[:2]),
         kept, kept2, _pointer(bias), _pointer(residual),
         out.data_ptr(), _pointer(pre), _pointer(pre2),
-        ACTIVATION_CODES[activation], 1.0, accumulate, torch.get_num_threads(),
+        ACTIVATION_CODES[activation], 1.0, accumulate, block, torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _block_rows(a: Tensor, m: int, k: int, n: int) -> int:
+    """The most rows of the result for a task; 0 where the product is too small to care."""
+    if m <= BLOCKS[0] or m * n * k < 1 << 24:
+        return 0
+    return BLOCK(a.device, m, k, n, a.stride(-1) == 1, a.dtype)["rows"]
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -266,6 +277,24 @@ def _can(config: dict[str, Any], device: str, m: int, k: int, n: int, *rest: Any
         return min(m, n) >= 32 and onednn_missing(rest[-1]) is None
     return config["library"] != "cpu" or _machine()[0]
 
+
+BLOCKS = (128, 64, 32)  # gemm.inl's kBlockRows first: fewer rows, more tasks, less reuse
+BLOCK = Tunable(
+    "matmul.block",
+    "matmul",
+    configs=lambda *sizes: [{"rows": rows} for rows in BLOCKS],
+    default=lambda *sizes: {"rows": BLOCKS[0]},
+    build=lambda device, m, k, n, along, dtype: _operands(device, m, k, n, along, along, dtype),
+    run=lambda config, a, b: cpu(a, b, block=config["rows"]),
+    samples=[  # where ours may be what runs: Y and dW
+        sizes
+        for dtype in CODES
+        for inner, outer in ((768, 3072), (1024, 1024), (4096, 4096))
+        for sizes in ((512, inner, outer, True, dtype), (outer, 512, inner, False, dtype))
+    ],
+    fits=lambda config, device, *sizes: _C.isa() != "scalar",
+    kind="cpu",
+)
 
 LIBRARY = Tunable(
     "matmul.library",

@@ -1,4 +1,4 @@
-"""include= and exclude=: which modules a swap may touch."""
+"""include= and exclude=: which modules a change of a model may touch."""
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase

@@ -1,0 +1,109 @@
+"""quant_linear's CASES: real shapes worth timing, awkward ones worth testing."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastllm.core.cases import Case
+from fastllm.ops.quant import reference as quant
+from fastllm.ops.quant.layout import E4M3, E5M2, FP4, INT4, INT8, KINDS, MXFP8, NF4
+from fastllm.ops.quant_linear.spec import DYNAMIC, FLOAT, STATIC
+
+FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16", FP64: "fp64"}
+
+# (kind, group, symmetric, activations)
+FORMATS: tuple[tuple[int, int, bool, int], ...] = (
+    (INT8, 0, True, FLOAT), (INT8, 0, True, DYNAMIC), (INT8, 0, True, STATIC),
+    (INT8, -1, True, FLOAT), (INT8, -1, True, DYNAMIC), (INT8, 32, True, FLOAT),
+    (INT8, 64, True, DYNAMIC), (INT4, 32, True, FLOAT), (INT4, 32, True, DYNAMIC),
+    (INT4, 128, False, FLOAT), (INT4, 64, False, DYNAMIC), (INT4, 0, True, FLOAT),
+    (INT4, 0, True, DYNAMIC), (NF4, 64, True, FLOAT), (FP4, 64, True, FLOAT),
+    (E4M3, 0, True, FLOAT), (E5M2, -1, True, FLOAT), (E4M3, -32, True, FLOAT),
+    (MXFP8, 32, True, FLOAT),
+)  # fmt: skip
+# (M, K, N): a token, a few, more than one tile of everything, odd ones, empty ones
+SHAPES = (
+    (1, 256, 48), (3, 129, 50), (4, 64, 17), (5, 31, 40), (16, 320, 33), (17, 3, 5), (33, 96, 65),
+    (64, 300, 140), (130, 1, 31), (70, 2200, 24), (1, 1, 1), (3, 0, 4), (0, 5, 3),
+)  # fmt: skip
+BENCH = ((1, 4096, 4096), (4, 4096, 4096), (64, 4096, 4096), (512, 4096, 4096))
+BENCH_FORMATS = (
+    (INT8, 0, True, FLOAT), (INT8, 0, True, DYNAMIC), (INT4, 32, True, FLOAT),
+    (INT4, 32, True, DYNAMIC), (NF4, 64, True, FLOAT), (E4M3, 0, True, FLOAT),
+)  # fmt: skip
+
+
+def cases() -> tuple[Case, ...]:
+    """All cases."""
+    return tuple(itertools.chain(_bench(), _test()))
+
+
+def _bench() -> Iterator[Case]:
+    for form, shape in itertools.product(BENCH_FORMATS, BENCH):
+        yield _case(shape, form, BF16, bias=False, tags={"bench"})
+    for shape in BENCH:
+        yield _case(shape, BENCH_FORMATS[1], FP32, bias=False, tags={"bench"})
+
+
+def _test() -> Iterator[Case]:
+    bias, dtypes = itertools.cycle((True, False, True)), itertools.cycle((FP32, BF16, FP16))
+    for form in FORMATS:
+        for shape in SHAPES[: -4 if form[2] else -5]:
+            yield _case(shape, form, next(dtypes), bias=next(bias), tags={"quick"})
+        next(dtypes)
+    for form, shape in itertools.product(FORMATS[:2], SHAPES[-4:]):
+        yield _case(shape, form, next(dtypes), bias=shape[1] == 0, tags={"quick"})
+    for layout, form in itertools.product(("3d", "strided", "transposed"), FORMATS[:2]):
+        yield _case((24, 64, 40), form, BF16, bias=True, layout=layout, tags={"quick"})
+    for form in (FORMATS[0], FORMATS[7], FORMATS[13], FORMATS[15]):
+        yield _case((3, 33, 5), form, FP64, bias=True, tags={"quick"})
+    for values, form in itertools.product(("zeros", "nan", "infinite"), FORMATS[:2]):
+        yield _case((6, 64, 20), form, FP32, bias=True, values=values, tags={"adversarial"})
+    yield _case((2, 140000, 3), FORMATS[1], FP32, bias=False, tags={"quick"})  # past int32
+    yield _case((6, 140000, 3), FORMATS[1], FP32, bias=False, tags={"quick"})
+
+
+def _case(
+    shape: tuple[int, int, int],
+    form: tuple[int, int, bool, int],
+    dtype: torch.dtype,
+    *,
+    bias: bool,
+    layout: str = "contiguous",
+    values: str = "normal",
+    tags: set[str],
+) -> Case:
+    m, k, n = shape
+    code, group, symmetric, activations = form
+
+    def build(generator: torch.Generator) -> tuple:
+        x = _input((m, k), layout, generator).to(dtype, memory_format=torch.preserve_format)
+        if values == "zeros":
+            x.zero_()
+        elif values != "normal":
+            x[1, 3] = float("inf" if values == "infinite" else "nan")
+        w = torch.randn(n, k, generator=generator) * max(k, 1) ** -0.5
+        codes, scales, zeros = quant.quantize(w, code, group, symmetric)
+        b = torch.randn(n, generator=generator).to(dtype) if bias else None
+        given = torch.tensor(0.03) if activations == STATIC else None
+        return x, codes, scales, None if symmetric else zeros, b, given, *form[:2], activations
+
+    mode = ("", "-dynamic", "-static")[activations]
+    kind = KINDS[code] + "" * symmetric + "-asym" * (not symmetric)
+    name = f"{'x'.join(map(str, shape))}-{NAMES[dtype]}-{kind}-g{group}{mode}" + "-bias" * bias
+    name += f"-{layout}" * (layout != "contiguous") + f"-{values}" * (values != "normal")
+    return Case(name, dtype, build, frozenset(tags))
+
+
+def _input(shape: tuple[int, int], layout: str, generator: torch.Generator) -> Tensor:
+    m, k = shape
+    if layout == "3d":
+        return torch.randn(2, m // 2, k, generator=generator)
+    if layout == "transposed":
+        return torch.randn(k, m, generator=generator).t()
+    if layout == "strided":
+        return torch.randn(m, k + 3, generator=generator)[:, 1:-2]
+    return torch.randn(m, k, generator=generator)

@@ -1,0 +1,24 @@
+"""Quantization: fewer bits for weights, activations and caches.
+
+q = fastllm.quant.quantize(weight, "int4_g32")     # a QTensor: codes, scales
+q.dequantize(); q.nbytes
+
+handle = fastllm.quantize(model, "int8")           # a whole model, in place: models.py
+print(handle.report()); handle.restore()
+"""
+
+from fastllm.quant.config import Config as Config
+from fastllm.quant.formats import PRESETS as PRESETS
+from fastllm.quant.formats import Format as Format
+from fastllm.quant.formats import parse as parse
+from fastllm.quant.linear import QuantLinear as QuantLinear
+from fastllm.quant.models import Handle as Handle
+from fastllm.quant.models import float_state_dict as float_state_dict
+from fastllm.quant.pruning import prune as prune
+from fastllm.quant.qat import convert_qat as convert_qat
+from fastllm.quant.qat import prepare_qat as prepare_qat
+from fastllm.quant.qtensor import QTensor as QTensor
+from fastllm.quant.qtensor import dequantize as dequantize
+from fastllm.quant.qtensor import quantize as quantize
+from fastllm.quant.structured import prune_channels as prune_channels
+from fastllm.quant.structured import prune_heads as prune_heads

@@ -1,0 +1,114 @@
+"""What `fastllm.quantize` is asked for."""
+
+from dataclasses import dataclass
+
+from fastllm.quant.formats import Format, parse
+from fastllm.quant.linear import ACTIVATIONS, ROUNDED
+
+METHODS = ("round", "hqq", "gptq", "awq")
+CALIBRATED = ("gptq", "awq")
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the linear layers of a model are quantized.
+
+    weights      a format, by name or as a Format
+    activations  "float": weights only; "int8": every token is quantized as it arrives;
+                 "int8_static": with one scale a layer, from calibration; int8 and int4
+    method       how codes are found. "round": to the nearest. "hqq": no data, half-quadratic
+                 (Badri and Shaji 2023), for asymmetric int4. "gptq" (Frantar et al. 2022) and
+                 "awq" (Lin et al. 2023): by calibration
+    smooth       SmoothQuant's alpha in (0, 1) (Xiao et al. 2022): channels of the activations with
+                 large values are scaled down and their weights up, by calibration; 0.5 is usual
+    outliers     LLM.int8's threshold (Dettmers et al. 2022; 6.0 there): inputs that exceed it in
+                 calibration stay in float, with their columns of the weight
+    head         the output layer of a language model, too. It is left in float otherwise, as
+                 other libraries do: it is the most sensitive one, and often tied to the embedding
+
+    Raises ValueError or TypeError that names the field.
+    """
+
+    weights: str | Format = "int8"
+    activations: str = "float"
+    method: str = "round"
+    smooth: float | None = None
+    outliers: float | None = None
+    head: bool = False
+
+    def __post_init__(self) -> None:
+        form = self.format
+        if self.activations not in ACTIVATIONS:
+            names = ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(f"activations: expected one of {names}, found {self.activations!r}")
+        if self.activations != "float" and form.kind not in ROUNDED:
+            raise ValueError(
+                f"activations: expected 'float' for {form} weights, found {self.activations!r}"
+            )
+        if self.method not in METHODS:
+            names = ", ".join(map(repr, METHODS))
+            raise ValueError(f"method: expected one of {names}, found {self.method!r}")
+        if self.method == "hqq" and form.symmetric:
+            raise ValueError(
+                f"method: 'hqq' expects asymmetric weights (int4_asym_g64), found {form}"
+            )
+        if self.method == "gptq" and (form.double or form.group < -1):
+            raise ValueError(f"method: 'gptq' expects scales by rows or groups, found {form}")
+        if self.smooth is not None and not 0 < self.smooth < 1:
+            raise ValueError(f"smooth: expected a number between 0 and 1, found {self.smooth!r}")
+        if self.smooth is not None and self.method == "awq":
+            raise ValueError("smooth: 'awq' finds its own scales, found both")
+        if self.outliers is not None:
+            if not self.outliers > 0:
+                raise ValueError(f"outliers: expected a positive number, found {self.outliers!r}")
+            if self.activations == "float" or self.smooth is not None or self.method != "round":
+                raise ValueError(
+                    "outliers: expected rounded activations, method 'round' and no smoothing, "
+                    f"found {self}"
+                )
+
+    @property
+    def format(self) -> Format:
+        """The weights' format."""
+        return parse(self.weights)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it cannot do without calibration."""
+        static = self.activations == "int8_static"
+        learned = self.smooth is not None or self.outliers is not None
+        return static or learned or self.method in CALIBRATED
+
+    def __str__(self) -> str:
+        parts = [str(self.format)]
+        if self.activations != "float":
+            parts.append(f"{self.activations} activations")
+        if self.method != "round":
+            parts.append(self.method)
+        if self.smooth is not None:
+            parts.append(f"smooth {self.smooth:g}")
+        if self.outliers is not None:
+            parts.append(f"outliers above {self.outliers:g}")
+        return ", ".join(parts)
+
+
+NAMED = {
+    "int8": Config("int8", "int8"),
+    "int8_weight": Config("int8"),
+    "int8_static": Config("int8", "int8_static"),
+}
+
+
+def as_config(wish: "str | Format | Config") -> Config:
+    """A name ("int8": activations, too; "int8_weight"; or a format's), a Format, or a Config."""
+    if isinstance(wish, Config):
+        return wish
+    if isinstance(wish, str) and wish in NAMED:
+        return NAMED[wish]
+    if isinstance(wish, str | Format):
+        try:
+            return Config(wish)
+        except ValueError as error:
+            known = ", ".join(map(repr, NAMED))
+            raise ValueError(f"config: expected {known}, a Config, or a format; {error}") from None
+    raise TypeError(f"config: expected a name, a Format or a Config, found {type(wish).__name__}")
