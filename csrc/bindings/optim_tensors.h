@@ -109,8 +109,8 @@ struct View {
 int store_of(const View& v, int place) {
   if (v.is(dlpack::kFloat, 32)) return optim::kPlain;
   if (v.is(dlpack::kBfloat, 16)) return optim::kHalf;
-  if (v.is(kDlInt, 8)) return optim::kSignedRoot;
-  if (v.is(kDlUint, 8)) return optim::kFourthRoot;
+  if (v.is(kDlUint, 8) && place == 0) return optim::kSignedOctaves;
+  if (v.is(kDlInt, 8) && place == 1) return optim::kOctaves;
   if (v.is(kDlFloat8E4m3fn, 8)) return place == 0 ? optim::kFp8 : optim::kFp8Square;
   return kOther;
 }

@@ -367,8 +367,7 @@ class Fused(Optimizer):
             return
         state.pop(f"{name}_scale", None)
         if scales is not None:
-            kind = next(c for c in states.CODES.values() if _fits(c, value.dtype, place))
-            plain = states.decode(states.flat(value), scales.to(param.device), kind)
+            plain = states.decode_saved(states.flat(value), scales.to(param.device), place)
         else:
             plain = states.flat(value.float() if value.is_floating_point() else value)
         code = states.code_of(kept, place)
@@ -379,7 +378,3 @@ class Fused(Optimizer):
             states.flat(wanted.view(torch.uint8)).copy_(codes.view(torch.uint8))
             state[f"{name}_scale"] = room
         state[name] = wanted
-
-
-def _fits(code: states.Code, dtype: torch.dtype, place: int) -> bool:
-    return code.dtype == dtype and code.signed == (place == 0)

@@ -60,8 +60,8 @@ APART void encode(const float* x, uint8_t* codes, float* scales, i64 n, uint32_t
 
 template <class F>
 INLINE void with_code(int kept, const F& call) {
-  if (kept == kSignedRoot) call(SignedRoot{});
-  if (kept == kFourthRoot) call(FourthRoot{});
+  if (kept == kSignedOctaves) call(SignedOctaves{});
+  if (kept == kOctaves) call(Octaves{});
   if (kept == kFp8) call(Fp8{});
   if (kept == kFp8Square) call(Fp8Square{});
 }
@@ -243,13 +243,13 @@ INLINE void adam_coded(const Floating& f, const Coded& s, const Coefficients& c,
 // The whole blocks of Adam's first n elements at `at`, where both moments are 8-bit codes; returns
 // how many elements that were.
 INLINE i64 update_coded(int kind, const Tensor& t, const Floating& f, i64 at, i64 n) {
-  const bool int8 = t.store[0] == kSignedRoot && t.store[1] == kFourthRoot;
+  const bool int8 = t.store[0] == kSignedOctaves && t.store[1] == kOctaves;
   const bool fp8 = t.store[0] == kFp8 && t.store[1] == kFp8Square;
   n = n / kScaled * kScaled;
   if (kind != kAdam || t.state[2] || !(int8 || fp8) || n == 0) return 0;
   const Coded s = {{static_cast<uint8_t*>(t.state[0]) + at, static_cast<uint8_t*>(t.state[1]) + at},
                    {t.scale[0] + at / kScaled, t.scale[1] + at / kScaled}, t.key, at};
-  int8 ? adam_coded<SignedRoot, FourthRoot>(f, s, *t.use, n)
+  int8 ? adam_coded<SignedOctaves, Octaves>(f, s, *t.use, n)
        : adam_coded<Fp8, Fp8Square>(f, s, *t.use, n);
   return n;
 }
