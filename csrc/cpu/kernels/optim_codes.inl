@@ -116,7 +116,7 @@ struct Octaves {
   static constexpr float kUnit = 1.875f;
   static constexpr bool kZero = false;
   INLINE_MEMBER static Words put(Vec v, Vec factor, const Random& random) {
-    const Vec y = larger(v * factor, set1(0x1p-31f));
+    const Vec y = at_least(v * factor, set1(0x1p-31f));
     return ((Words)y.v + random.below<false>()) >> 20;
   }
   INLINE_MEMBER static Vec get(const uint8_t* codes) {
