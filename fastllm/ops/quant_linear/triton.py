@@ -1,0 +1,112 @@
+"""quant_linear in Triton: fastllm.kernels.quant_matmul, imported by the first call."""
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllm.core.backend import Backend
+from fastllm.ops.matmul.triton import available
+from fastllm.ops.matmul.triton import supports as supports_input
+from fastllm.ops.quant.layout import KINDS, TABLES
+from fastllm.ops.quant_linear import reference
+from fastllm.ops.quant_linear.spec import FLOAT
+
+
+def _kernels() -> Any:
+    return importlib.import_module("fastllm.kernels.quant_matmul")
+
+
+@functools.cache
+def _table(code: int, device: torch.device) -> Tensor | None:
+    """What the codes of nf4 and fp4 stand for."""
+    values = TABLES.get(code)
+    return None if values is None else torch.tensor(values, device=device)
+
+
+def quant_linear(
+    input: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    act_scale: Tensor | None,
+    code: int,
+    group: int,
+    activations: int,
+) -> Tensor:
+    k, n = input.shape[-1], codes.shape[0]
+    shape = (*input.shape[:-1], n)
+    if k == 0:
+        zero = input.new_zeros(shape)
+        return zero if bias is None else zero + bias
+    x = input.reshape(-1, k)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    codes = codes if codes.stride(1) == 1 else codes.contiguous()
+    zeros = None if zeros is None or not zeros.numel() else zeros.contiguous()
+    run, token_scales = _kernels(), None
+    if activations != FLOAT:
+        given = None if act_scale is None else act_scale.to(input.device, torch.float32)
+        x, token_scales = run.quantize_tokens(x, given)
+    y = run.quant_matmul(
+        x,
+        codes,
+        scales.contiguous(),
+        zeros,
+        None if bias is None else bias.contiguous(),
+        code,
+        group,
+        k,
+        table=_table(code, input.device),
+        token_scales=token_scales,
+        dtype=input.dtype,
+    )
+    return y.view(shape)
+
+
+def quant_linear_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    act_scale: Tensor | None,
+    code: int,
+    group: int,
+    activations: int,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """(grad_input, grad_bias): the weight is dequantized, the product is torch's."""
+    n, k = codes.shape[0], input.shape[-1]
+    dy, dx, db = grad_output.reshape(-1, n), None, None
+    if needs[0]:
+        w = reference.weight(codes, scales, zeros, code, group, k, input.dtype)
+        dx = torch.mm(dy, w).view(input.shape)
+    if needs[1] and bias is not None:
+        db = dy.sum(0)
+    return dx, db
+
+
+def supports(
+    input: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    act_scale: Tensor | None,
+    code: int,
+    group: int,
+    activations: int,
+) -> str | None:
+    """Why these arguments are not served, or None."""
+    if abs(group) > 1 and group % 32:
+        return f"{KINDS[code]} in groups of {group}: no multiple of 32"
+    if scales.dtype == torch.float64:
+        return "scales of float64: computed by torch"
+    return supports_input(input, codes)
+
+
+BACKEND: Backend = Backend("triton", quant_linear, quant_linear_backward, supports, available)
