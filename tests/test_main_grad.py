@@ -99,3 +99,15 @@ def test_what_does_not_fit_is_said():
         F.linear_main_grad(x, w, main_grad=None)
     with pytest.raises(ValueError, match="bias_main_grad: expected None without a bias"):
         F.linear_main_grad(x, w, main_grad=torch.zeros(5, 4), bias_main_grad=torch.zeros(5))
+
+
+def test_under_compile_the_graph_is_broken_and_the_sum_is_right():
+    layer = fastllm.nn.Linear(16, 8)
+    layer.accumulates, layer.weight.main_grad = True, torch.zeros(8, 16)
+    x = torch.randn(5, 16)
+    torch._dynamo.reset()
+    torch.compile(lambda x: torch.relu(layer(x * 2)) * 3, backend="aot_eager")(x).sum().backward()
+    y = torch.nn.functional.linear(x * 2, layer.weight, layer.bias)
+    (expected,) = torch.autograd.grad((torch.relu(y) * 3).sum(), layer.weight)
+    torch.testing.assert_close(layer.weight.main_grad, expected)
+    assert layer.weight.grad is None

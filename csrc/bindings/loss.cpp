@@ -4,7 +4,7 @@
 #include "cpu/kernels/loss.h"
 
 namespace fastllm::loss {
-FASTLLM_LEVELS
+FASTLLM_DOT_LEVELS
 }  // namespace fastllm::loss
 
 namespace fastllm::bindings {

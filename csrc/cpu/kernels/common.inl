@@ -31,6 +31,21 @@ INLINE void put(T* p, Vec a, First lanes) {
   store(p, a, lanes.n);
 }
 
+// put, where the level's own rounding to bf16 will do: it makes 0 of subnormal numbers.
+template <bool Stream, class T, class L>
+INLINE void put_quick(T* p, Vec a, L lanes) {
+  put<Stream>(p, a, lanes);
+}
+#if FASTLLM_ROUNDS
+template <bool Stream>
+INLINE void put_quick(bf16* p, Vec a, All) {
+  if (Stream)
+    stream_quick(p, a);
+  else
+    store_quick(p, a);
+}
+#endif
+
 // The touched lanes of a, zero in the others.
 INLINE Vec only(Vec a, All) { return a; }
 INLINE Vec only(Vec a, First lanes) { return keep(a, lanes.n); }

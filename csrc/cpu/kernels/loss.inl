@@ -1,6 +1,10 @@
 // Cross entropy over rows of logits: one read forward, one read and one write backward.
 #include "cpu/kernels/rows.inl"
 
+// Exponentials of 16-bit logits are made to 1e-5: the logits themselves are off by hundreds of that.
+template <class T>
+constexpr bool kShort = sizeof(T) == 2;
+
 // Calls f with the function that makes logits of inputs.
 template <class F>
 INLINE void with_logits(const Logits& l, const F& f) {
@@ -112,7 +116,7 @@ APART SoftSums soft_sums(const T* x, i64 n, const Soft<T>& soft, const F& logit,
 template <class T, class F>
 APART double row_loss(const CrossEntropy& a, i64 row, const F& logit, double* lse_out) {
   const T* x = static_cast<const T*>(a.input) + row * a.cols;
-  const Online state = log_sum_exp(x, a.cols, logit);
+  const Online state = log_sum_exp<kShort<T>>(x, a.cols, logit);
   const double lse = *lse_out = state.result();
   if (ignored(a, row)) return 0.0;
   const double base = a.part ? 0.0 : lse;
@@ -125,16 +129,17 @@ APART double row_loss(const CrossEntropy& a, i64 row, const F& logit, double* ls
 }
 
 // gradient = slope * (share * p - soft target), with p = e^(logit - lse).
-template <bool Stream, class T, class F>
-APART void row_gradient(const T* x, T* dx, i64 n, const Soft<T>& soft, bool has_soft, float g,
-                        float factor, const F& logit, double lse) {
+template <bool Stream, bool HasSoft, class T, class F>
+APART void row_gradient(const T* x, T* dx, i64 n, const Soft<T>& soft, float g, float factor,
+                        const F& logit, double lse) {
   const Split split(lse);
   sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
-    const Vec raw = get(x + i, lanes), p = exp_down(split.from(logit(raw)));
-    Vec out = p * set1(factor);
-    if (has_soft) out = out - soft.get_at(i, lanes) * set1(g);
+    const Vec raw = get(x + i, lanes), value = logit(raw);
+    Vec out = exp_down<kShort<T>>(kShort<T> ? value - split.high : split.from(value));
+    out = out * set1(factor);
+    if (HasSoft) out = out - soft.get_at(i, lanes) * set1(g);
     if (!std::is_same<F, Same>::value) out = out * logit.slope(raw);
-    put<Stream>(dx + i, out, lanes);
+    put_quick<Stream>(dx + i, out, lanes);
   });
 }
 
@@ -167,8 +172,11 @@ APART void row_backward(const CrossEntropyBackward& b, i64 row, RowShares r, con
   // before the row is written: dx may be x
   const i64 t = own_column(a, row);
   const double raw = element(x + most(t, 0)), log_p = logit.at(raw) - lse;
-  row_gradient<Stream>(x, dx, n, soft, !a.target || a.smoothing != 0.0f, float(r.g),
-                       float(r.g * (mass + z)), logit, lse);
+  const float g = float(r.g), factor = float(r.g * (mass + z));
+  if (!a.target || a.smoothing != 0.0f)
+    row_gradient<Stream, true>(x, dx, n, soft, g, factor, logit, lse);
+  else
+    row_gradient<Stream, false>(x, dx, n, soft, g, factor, logit, lse);
   if (t < 0) return;
   // The true class again, without the cancellation of p - 1 as p -> 1.
   const double own = hard + spread(a) * class_weight(a, a.target[row]);
@@ -179,27 +187,26 @@ APART void row_backward(const CrossEntropyBackward& b, i64 row, RowShares r, con
 // Rows up to this length keep their exponentials in the second-level cache.
 constexpr i64 kKept = 128 << 10;
 
-// Log-sum-exp that keeps e^(x - bases[block]) of every element.
+// Log-sum-exp that keeps e^(x - bases[span]) of every element, 0 where that base is -inf.
 template <class T>
-APART Online online_kept(const T* x, i64 n, float* kept, float* bases) {
+INLINE Online online_kept(const T* x, i64 n, float* kept, float* bases) {
   Online state;
   for (i64 at = 0; at < n; at += kSpan) {
-    const i64 size = least(kSpan, n - at);
-    Vec top[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
-    sweep(size, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
-      top[k] = larger(top[k], or_else(get(x + at + i, lanes), lanes, -kInf));
-    });
-    state.raise(largest(larger(larger(top[0], top[1]), larger(top[2], top[3]))));
-    const Vec base = set1(bases[at / kSpan] = state.base());
-    Vec acc[4] = {zero(), zero(), zero(), zero()};
-    sweep(size, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
-      const Vec e = only(exp_down(get(x + at + i, lanes) - base), lanes);
-      put<false>(kept + at + i, e, lanes);
-      acc[k] = acc[k] + e;
-    });
-    state.sum += total(acc);
+    online_span<kShort<T>, true>(x + at, least(kSpan, n - at), Same{}, state, kept + at);
+    bases[at / kSpan] = state.top;  // -inf: all were, and their share stays 0
   }
   return state;
+}
+
+// A span of the gradient of a row whose exponentials were kept.
+template <bool Stream, bool HasSoft, class T>
+APART void span_gradient(const float* kept, T* dx, i64 at, i64 n, float factor, const Soft<T>& soft,
+                         float g) {
+  sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+    Vec out = get(kept + at + i, lanes) * set1(factor);
+    if (HasSoft) out = out - soft.get_at(at + i, lanes) * set1(g);
+    put_quick<Stream>(dx + at + i, out, lanes);
+  });
 }
 
 // Loss and gradient of a row of plain logits with an index target: one exponential an element.
@@ -215,15 +222,14 @@ APART double row_both(const CrossEntropyForward& f, i64 row, RowShares r, float*
   const double hard = hard_share(a, row), mass = hard + spread(a) * r.weight_sum;
   const double z = a.z_loss ? 2.0 * a.z_loss * lse : 0.0, log_p = element(x + t) - lse;
   const Soft<T> soft = soft_targets<T>(a, row);
-  const Vec g = set1(float(r.g));
+  const float g = float(r.g);
   for (i64 at = 0; at < n; at += kSpan) {
     const float shift = exp_one(bases[at / kSpan] - state.base());
-    const Vec factor = set1(float(r.g * (mass + z) * shift / state.sum));
-    sweep(least(kSpan, n - at), [&](auto lanes, i64 i, int) INLINE_LAMBDA {
-      Vec out = get(kept + at + i, lanes) * factor;
-      if (a.smoothing != 0.0f) out = out - soft.get_at(at + i, lanes) * g;
-      put<Stream>(dx + at + i, out, lanes);
-    });
+    const float factor = float(r.g * (mass + z) * shift / state.sum);
+    if (a.smoothing != 0.0f)
+      span_gradient<Stream, true>(kept, dx, at, least(kSpan, n - at), factor, soft, g);
+    else
+      span_gradient<Stream, false>(kept, dx, at, least(kSpan, n - at), factor, soft, g);
   }
   const double own = hard + spread(a) * class_weight(a, t);
   set_element(dx + t, r.g * (mass * __builtin_expm1(log_p) + (mass - own) +

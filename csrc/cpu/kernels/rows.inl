@@ -6,6 +6,24 @@ constexpr float kInf = __builtin_inff();
 
 // b where a < b: NaN in b is dropped, NaN in a is kept.
 INLINE Vec larger(Vec a, Vec b) { return {a.v < b.v ? b.v : a.v}; }
+
+#if FASTLLM_SCALES
+constexpr float kLeastExp = -104.5f;
+#else
+constexpr float kLeastExp = -87.3f;
+#endif
+// p 2^k in exp_down: k is a whole number, also in the low bits of shifted; 0 for x < kLeastExp.
+INLINE Vec scale_down(Vec p, Vec shifted, Vec k, Vec x) {
+#if FASTLLM_SCALES
+  (void)shifted, (void)x;
+  return scale_by_power(p, k);
+#else
+  (void)k;
+  const Vec power = {(Floats)(((Ints)shifted.v << 23) + (127 << 23))}, e = p * power;
+  return {x.v < set1(kLeastExp).v ? zero().v : e.v};
+#endif
+}
+
 INLINE float largest(Vec a) {
   float lanes[W], top = -kInf;
   store(lanes, a);
@@ -19,26 +37,24 @@ INLINE Vec or_else(Vec a, First lanes, float other) {
   return choose(less(zero(), keep(set1(1.0f), lanes.n)), a, set1(other));
 }
 
-// e^x for x <= 0, to 1-2 ulp or, where Short, to 1e-5; 0 below -87.3, where e^x is no longer a
-// normal number.
+// e^x for x <= 88, to 1-2 ulp or, where Short, to 1e-5; 0 where e^x is no longer a normal number
+// (or, where one instruction scales by powers of 2, no longer a number at all).
 template <bool Short = false>
 INLINE Vec exp_down(Vec x) {
-  constexpr float kShift = 12582912.0f, kLeast = -87.3f;
-  constexpr float kTerms[] = {0.49999994f, 0.166665196f, 0.0416683927f, 0.00836878084f,
-                              0.00138144626f};
-  const Vec bounded = {x.v < set1(kLeast).v ? set1(kLeast).v : x.v};
+  constexpr float kShift = 12582912.0f;
+  constexpr float kTerms[] = {1.0f,          1.0f,           0.49999994f,   0.166665196f,
+                              0.0416683927f, 0.00836878084f, 0.00138144626f};
+  constexpr float kShortTerms[] = {1.0f, 1.0f, kShortExp[0], kShortExp[1], kShortExp[2]};
+  const Vec bounded = at_least(x, kLeastExp);
   const Vec shifted = fma(bounded, set1(1.44269504f), set1(kShift)), k = shifted - set1(kShift);
-  const Ints n = (Ints)shifted.v - (Ints)set1(kShift).v;
   Vec p;
   if (Short) {
-    const Vec r = fma(k, set1(-0.693147181f), bounded);
-    p = fma(r * r, polynomial(r, kShortExp), r) + set1(1.0f);
+    p = polynomial(fma(k, set1(-0.693147181f), bounded), kShortTerms);
   } else {
     const Vec r = fma(k, set1(2.12194440e-4f), fma(k, set1(-0.693359375f), bounded));
-    p = fma(r * r, polynomial(r, kTerms), r) + set1(1.0f);
+    p = polynomial(r, kTerms);
   }
-  const Vec e = p * Vec{(Floats)((n + 127) << 23)};
-  return {x.v < set1(kLeast).v ? zero().v : e.v};
+  return scale_down(p, shifted, k, x);
 }
 
 // ln x for positive normal x, to 1-2 ulp near 1 and elsewhere: x = 2^k m with m in [0.7, 1.41].
@@ -90,7 +106,8 @@ struct Capped {
   }
 };
 
-// Running log-sum-exp of a row: the largest value, and the sum of e^(value - largest).
+// Running log-sum-exp of a row: the sum of e^(value - top), where top is the largest value or not
+// far below it.
 struct Online {
   float top = -kInf;
   double sum = 0;
@@ -98,7 +115,7 @@ struct Online {
   INLINE_MEMBER float base() const { return top == -kInf ? 0.0f : top; }
   INLINE_MEMBER void raise(float to) {
     if (to > top) {
-      sum *= exp_one(base() - to);
+      if (top != -kInf) sum *= exp_one(top - to);  // else it is 0, and to may be far below
       top = to;
     }
   }
@@ -107,27 +124,50 @@ struct Online {
 
 // Elements that are read twice while they are in the first-level cache.
 constexpr i64 kSpan = 2048;
+// What a span's values may be above top: their exponentials and sums stay far from infinity.
+constexpr float kAbove = 16.0f;
+
+// Adds a span, with its e^(value - top) in `kept` if Keep; false if a value is too far above top.
+template <bool Short, bool Keep, class T, class F>
+APART bool add_span(const T* x, i64 n, const F& logit, Online& state, float* kept) {
+  const Vec base = set1(state.base());
+  Vec top[4] = {base, base, base, base}, acc[4] = {zero(), zero(), zero(), zero()};
+  sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
+    const Vec value = logit(get(x + i, lanes));
+    top[k] = larger(top[k], or_else(value, lanes, -kInf));
+    const Vec e = only(exp_down<Short>(value - base), lanes);
+    if (Keep) put<false>(kept + i, e, lanes);
+    acc[k] = acc[k] + e;
+  });
+  const float reached = largest(larger(larger(top[0], top[1]), larger(top[2], top[3])));
+  if (reached > state.base() + kAbove) return false;
+  state.sum += total(acc);
+  return true;
+}
 
 template <class T, class F>
-INLINE void online_block(const T* x, i64 n, const F& logit, Online& state) {
+APART float span_top(const T* x, i64 n, const F& logit) {
   Vec top[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
   sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
     top[k] = larger(top[k], or_else(logit(get(x + i, lanes)), lanes, -kInf));
   });
-  state.raise(largest(larger(larger(top[0], top[1]), larger(top[2], top[3]))));
-  const Vec base = set1(state.base());
-  Vec acc[4] = {zero(), zero(), zero(), zero()};
-  sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
-    acc[k] = acc[k] + only(exp_down(logit(get(x + i, lanes)) - base), lanes);
-  });
-  state.sum += total(acc);
+  return largest(larger(larger(top[0], top[1]), larger(top[2], top[3])));
+}
+
+// A span read once: its largest value is looked for first only where the last top does not serve.
+template <bool Short, bool Keep, class T, class F>
+INLINE void online_span(const T* x, i64 n, const F& logit, Online& state, float* kept) {
+  if (state.top != -kInf && add_span<Short, Keep>(x, n, logit, state, kept)) return;
+  state.raise(span_top(x, n, logit));
+  add_span<Short, Keep>(x, n, logit, state, kept);
 }
 
 // log(sum(e^logit)) of a row, read from memory once.
-template <class T, class F>
+template <bool Short = false, class T, class F>
 INLINE Online log_sum_exp(const T* x, i64 n, const F& logit) {
   Online state;
-  for (i64 at = 0; at < n; at += kSpan) online_block(x + at, least(kSpan, n - at), logit, state);
+  for (i64 at = 0; at < n; at += kSpan)
+    online_span<Short, false>(x + at, least(kSpan, n - at), logit, state, nullptr);
   return state;
 }
 

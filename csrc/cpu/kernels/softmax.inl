@@ -33,12 +33,12 @@ APART void softmax_kept(const T* x, T* y, i64 n) {
 template <bool Log, bool Stream, class T>
 APART void softmax_row(const T* x, T* y, i64 n) {
   if (!Log && n <= kKept) return softmax_kept<Stream>(x, y, n);
-  const Online state = log_sum_exp(x, n, Same{});
+  const Online state = log_sum_exp<sizeof(T) == 2>(x, n, Same{});
   const Split split(state.result());
   const Vec base = set1(state.base()), scale = set1(float(1.0 / state.sum));
   sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
     const Vec v = get(x + i, lanes);
-    put<Stream>(y + i, Log ? split.from(v) : exp_down(v - base) * scale, lanes);
+    put<Stream>(y + i, Log ? split.from(v) : exp_down<sizeof(T) == 2>(v - base) * scale, lanes);
   });
 }
 

@@ -120,6 +120,7 @@ INLINE Vec where_negative(Vec sign, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(sign.v)), no.v, yes.v)};
 }
 // p 2^k for integers k in [-152, 128], rounded once, and p in [0.5, 2].
+#define FASTLLM_SCALES 1
 INLINE Vec scale_by_power(Vec p, Vec k) { return {_mm512_scalef_ps(p.v, k.v)}; }
 // 1 / d for d in [1, 2^40].
 INLINE Vec inverse(Vec d) {

@@ -3,6 +3,15 @@
 
 #define FASTLLM_DOTS 1
 
+// Rounding by one instruction: half to even, subnormal numbers to 0.
+#define FASTLLM_ROUNDS 1
+INLINE void store_quick(bf16* p, Vec a) {
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+INLINE void stream_quick(bf16* p, Vec a) {
+  _mm256_stream_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+
 // n bf16 as they are, zeros behind them.
 INLINE Vec load_pairs(const bf16* p, int n) {
   if (n >= 2 * W) return {_mm512_loadu_ps(p)};

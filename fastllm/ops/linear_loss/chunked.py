@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastllm.core.backend import Backend
+from fastllm.core.memory import POOL_FROM
 from fastllm.ops.linear_loss import products
 from fastllm.ops.linear_loss.products import Sum
 from fastllm.ops.linear_loss.spec import LinearOptions, Plan, plan
@@ -50,8 +51,10 @@ class Head(NamedTuple):
         return self.input.shape[0], self.weight.shape[0]
 
     def room(self, steps: Plan) -> Tensor:
-        """Memory for the logits of one step."""
-        return products.room(self.input, (steps.rows * steps.classes,))
+        """Memory for the logits of one step: from the pool, of which only what is used is there,
+        so that backward finds the block that forward left."""
+        least = POOL_FROM // self.input.element_size() if self.input.is_cpu else 0
+        return products.room(self.input, (max(least, steps.rows * steps.classes),))
 
 
 def head_of(

@@ -62,6 +62,8 @@ def _rows(op: str) -> Iterator[Case]:
     for values, dtype in itertools.product(hostile, (FP32, BF16)):
         for option in ("mean", "none"):
             yield _case(op, (5, 300), dtype, option, values=values, tags={"adversarial"})
+    for option, dtype in itertools.product(("mean", "none"), (FP32, BF16)):
+        yield _case(op, (4, 6500), dtype, option, values="rising", tags={"adversarial"})
     if op == "cross_entropy":
         for targets, dtype in itertools.product(("ignored", "last"), (FP32, BF16)):
             yield _case(op, (5, 70), dtype, "mean", targets=targets, tags={"adversarial"})
@@ -99,11 +101,11 @@ def _case(
             other = torch.randn(shape, generator=generator)
             other[x.isinf()] = -float("inf")
             target = other.softmax(-1).to(dtype)
-            if values == "masked":  # 0 * -inf: of no use as a target
+            if values in ("masked", "rising"):  # 0 * -inf: of no use as a target
                 x = x.clamp_min(-300.0)
         else:
             target = torch.randint(classes, (rows,), generator=generator)
-            if values in ("sure", "masked"):
+            if values in ("sure", "masked", "rising"):
                 target = x.argmax(-1)
             if rows > 2:
                 target[1] = ignore
@@ -151,4 +153,7 @@ def _logits(shape: tuple[int, int], values: str, generator: torch.Generator) -> 
     elif values == "masked":
         x[torch.rand(shape, generator=generator) < 0.4] = -float("inf")
         x[:, 0] = 1.0
+    elif values == "rising":  # what is subtracted has to be raised on the way, by more and by less
+        x += torch.linspace(-300, 250, shape[1]) * torch.linspace(0.02, 1, shape[0]).unsqueeze(1)
+        x[:, : shape[1] // 3] = -float("inf")
     return x

@@ -11,7 +11,6 @@ from fastllm.core.op import describe
 from fastllm.ops.matmul import linear_op, products, triton
 
 
-@torch.compiler.disable
 def linear_main_grad(
     input: Tensor,
     weight: Tensor,
@@ -33,6 +32,12 @@ def linear_main_grad(
     Returns [*, N]. Not differentiable twice; under torch.compile the graph is broken here. Raises
     ValueError or TypeError for arguments that do not fit.
     """
+    if torch.compiler.is_compiling():
+        run = _outside_of_graphs()
+        eager: Tensor = run(
+            input, weight, bias, main_grad=main_grad, bias_main_grad=bias_main_grad, backend=backend
+        )
+        return eager
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a Tensor, found {type(weight).__name__}")
     _check("main_grad", main_grad, weight)
@@ -46,6 +51,11 @@ def linear_main_grad(
         return linear_op(*args, None, None, backend=backend)
     with torch.autocast(input.device.type, enabled=False):
         return _Accumulating.apply(*args, main_grad, bias_main_grad, backend)
+
+
+def _outside_of_graphs() -> Any:
+    # made when it is needed: torch.compiler.disable imports all of torch._dynamo
+    return torch.compiler.disable(linear_main_grad)
 
 
 def _check(name: str, buffer: Any, like: Tensor) -> None:

@@ -34,6 +34,8 @@ def _test() -> Iterator[Case]:
     yield _case((4, 9), 1, FP64, tags={"quick"})
     for values, dtype, dim in itertools.product(VALUES, (FP32, BF16), (0, 1)):
         yield _case((24, 130), dim, dtype, values, tags={"adversarial"})
+    for dtype in (FP32, BF16):
+        yield _case((4, 40000), 1, dtype, "rising", tags={"adversarial"})
     for layout in ("transposed", "expanded"):
         yield _case((24, 130), 1, FP32, layout, tags={"quick"})
 
@@ -68,6 +70,9 @@ def _tensor(shape: tuple[int, ...], values: str, generator: torch.Generator) -> 
     elif values == "masked":
         x[torch.rand(shape, generator=generator) < 0.4] = -float("inf")
         x[0, :], x[:, 0] = 1.0, 1.0
+    elif values == "rising":
+        x += torch.linspace(-300, 250, shape[1]) * torch.linspace(0.02, 1, shape[0]).unsqueeze(1)
+        x[:, : shape[1] // 3] = -float("inf")
     elif values == "nan":
         x[1, 2] = float("nan")
     elif values == "infinite":
