@@ -277,6 +277,18 @@ def test_what_is_refused(calls):
             optimizer.step()
 
 
+def test_shards_are_not_clipped_on_their_own(calls, monkeypatch):
+    """The norm of a DTensor's shard is not the whole one's: that step waits for the others."""
+    monkeypatch.setattr("fastllm.optim.device.is_dtensor", lambda p: True)
+    p = Parameter(torch.randn(50))
+    p.grad = torch.randn(50)
+    with fastllm.backend("cuda"):
+        optim.AdamW([p]).step()
+        with pytest.raises(fastllm.UnsupportedError, match="norm to clip to"):
+            optim.AdamW([p], max_grad_norm=1.0).step()
+    assert len(calls) == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_device():
     p = Parameter(torch.randn(50))

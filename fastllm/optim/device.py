@@ -7,6 +7,7 @@ from torch import Tensor
 from fastllm.core.backend import choice
 from fastllm.core.errors import UnsupportedError
 from fastllm.optim import cpu, cuda, triton
+from fastllm.optim.local import is_dtensor
 from fastllm.optim.settings import SGD
 from fastllm.optim.work import Work
 
@@ -67,6 +68,9 @@ def _run(
         return "looks at whole tensors"
     kind = optimizer.kind
     found, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+    every = (p for g in optimizer.param_groups for p in g["params"])
+    if optimizer.max_grad_norm is not None and any(map(is_dtensor, every)):
+        return "a shard does not know the norm to clip to"
     if found is not None and kind == SGD and any(w.states and w.settings.two for w in works):
         return "dampening under a loss scale"
     if backend == "cuda":
