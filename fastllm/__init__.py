@@ -9,6 +9,7 @@ See fastllm.functional, fastllm.nn, and `fastllm --help`.
 from fastllm import functional as functional
 from fastllm import nn as nn
 from fastllm import optim as optim
+from fastllm import quant as quant
 from fastllm.core.backend import backend as backend
 from fastllm.core.errors import UnsupportedError as UnsupportedError
 from fastllm.core.memory import empty_cache as empty_cache

@@ -4,9 +4,24 @@ q = fastllm.quant.quantize(weight, "int4_g32")     # a QTensor: codes, scales
 q.dequantize(); q.nbytes
 """
 
+import importlib
+from typing import Any
+
 from fastllm.quant.formats import PRESETS as PRESETS
 from fastllm.quant.formats import Format as Format
 from fastllm.quant.formats import parse as parse
+from fastllm.quant.interop import read_awq as read_awq
+from fastllm.quant.interop import read_bitsandbytes as read_bitsandbytes
+from fastllm.quant.interop import read_gptq as read_gptq
+from fastllm.quant.kv_cache import QuantizedKVCache as QuantizedKVCache
 from fastllm.quant.qtensor import QTensor as QTensor
 from fastllm.quant.qtensor import dequantize as dequantize
 from fastllm.quant.qtensor import quantize as quantize
+
+_LAZY = {"QuantizedCache": "transformers_cache"}  # needs transformers
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"fastllm.quant.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
