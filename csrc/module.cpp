@@ -72,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
   fastllm::bindings::bind_loss(m);
   fastllm::bindings::bind_softmax(m);
   fastllm::bindings::bind_embedding(m);
+  fastllm::bindings::bind_quant(m);
   fastllm::bindings::bind_rotary(m);
   fastllm::bindings::bind_attention(m);
 

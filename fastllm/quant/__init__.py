@@ -7,10 +7,17 @@ handle = fastllm.quantize(model, "int8")           # a whole model, in place: mo
 print(handle.report()); handle.restore()
 """
 
+import importlib
+from typing import Any
+
 from fastllm.quant.config import Config as Config
 from fastllm.quant.formats import PRESETS as PRESETS
 from fastllm.quant.formats import Format as Format
 from fastllm.quant.formats import parse as parse
+from fastllm.quant.interop import read_awq as read_awq
+from fastllm.quant.interop import read_bitsandbytes as read_bitsandbytes
+from fastllm.quant.interop import read_gptq as read_gptq
+from fastllm.quant.kv_cache import QuantizedKVCache as QuantizedKVCache
 from fastllm.quant.linear import QuantLinear as QuantLinear
 from fastllm.quant.models import Handle as Handle
 from fastllm.quant.models import float_state_dict as float_state_dict
@@ -22,3 +29,11 @@ from fastllm.quant.qtensor import dequantize as dequantize
 from fastllm.quant.qtensor import quantize as quantize
 from fastllm.quant.structured import prune_channels as prune_channels
 from fastllm.quant.structured import prune_heads as prune_heads
+
+_LAZY = {"QuantizedCache": "transformers_cache"}  # needs transformers
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"fastllm.quant.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -147,7 +147,7 @@ def dequantize(
 
 def nest(scales: Tensor) -> tuple[Tensor, Tensor]:
     """Scales as (int8 codes of their distances from the mean, `nested`)."""
-    mean = scales.mean() if scales.numel() else scales.new_zeros(())
+    mean = scales.double().mean().float() if scales.numel() else scales.new_zeros(())
     codes, outer, _ = ops.quantize((scales - mean).flatten(), INT8, NESTED)
     return codes.view(scales.shape), torch.cat([mean.view(1), outer])
 

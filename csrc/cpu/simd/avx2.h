@@ -146,3 +146,15 @@ INLINE void store_bytes(uint8_t* p, __m256i a) {
   const __m128i upper = _mm256_extracti128_si256(low, 1);
   _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(low), upper));
 }
+
+// Entry i of 16, for the i in each lane.
+INLINE Vec lookup(const float* table, __m256i index) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+  return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)))};
+}
+// a / b as division rounds it, from inverse = 1 / b, where nothing underflows (Markstein 1990).
+INLINE Vec exact_quotient(Vec a, Vec b, Vec inverse) {
+  const __m256 q = _mm256_mul_ps(a.v, inverse.v);
+  return {_mm256_fmadd_ps(_mm256_fnmadd_ps(q, b.v, a.v), inverse.v, q)};
+}

@@ -135,3 +135,13 @@ INLINE Vec swap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 INLINE void store_bytes(uint8_t* p, __m512i a) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a));
 }
+
+// Entry i of 16, for the i in each lane.
+INLINE Vec lookup(const float* table, __m512i index) {
+  return {_mm512_permutexvar_ps(index, _mm512_loadu_ps(table))};
+}
+// a / b as division rounds it, from inverse = 1 / b, where nothing underflows (Markstein 1990).
+INLINE Vec exact_quotient(Vec a, Vec b, Vec inverse) {
+  const __m512 q = _mm512_mul_ps(a.v, inverse.v);
+  return {_mm512_fmadd_ps(_mm512_fnmadd_ps(q, b.v, a.v), inverse.v, q)};
+}

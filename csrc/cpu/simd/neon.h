@@ -139,3 +139,11 @@ INLINE void store_bytes(uint8_t* p, uint32x4_t a) {
   const uint8x8_t low = vmovn_u16(vcombine_u16(vmovn_u32(a), vdup_n_u16(0)));
   __builtin_memcpy(p, &low, 4);
 }
+
+// Entry i of 16, for the i in each lane.
+INLINE Vec lookup(const float* table, uint32x4_t index) {
+  const float lanes[4] = {table[vgetq_lane_u32(index, 0)], table[vgetq_lane_u32(index, 1)],
+                          table[vgetq_lane_u32(index, 2)], table[vgetq_lane_u32(index, 3)]};
+  return {vld1q_f32(lanes)};
+}
+INLINE Vec exact_quotient(Vec a, Vec b, Vec) { return {vdivq_f32(a.v, b.v)}; }

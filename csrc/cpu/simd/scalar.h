@@ -169,3 +169,9 @@ INLINE Vec swap_pairs(Vec a) { return {f32x4{a.v[1], a.v[0], a.v[3], a.v[2]}}; }
 INLINE void store_bytes(uint8_t* p, u32x4 a) {
   for (int i = 0; i < W; ++i) p[i] = uint8_t(a[i]);
 }
+
+// Entry i of 16, for the i in each lane.
+INLINE Vec lookup(const float* table, u32x4 index) {
+  return {f32x4{table[index[0]], table[index[1]], table[index[2]], table[index[3]]}};
+}
+INLINE Vec exact_quotient(Vec a, Vec b, Vec) { return {a.v / b.v}; }

@@ -45,7 +45,7 @@ def _scales(low: Tensor, high: Tensor, code: int, symmetric: bool) -> tuple[Tens
     scales = (high / 15 - low / 15).bfloat16()
     whole = scales.to(low.dtype)
     zeros = torch.where(whole == 0, 0.0, -low / torch.where(whole == 0, 1.0, whole))
-    zeros = zeros.round().clamp(0, 15).bfloat16()
+    zeros = (zeros.round().clamp(0, 15) + 0.0).bfloat16()  # no -0
     return torch.where(good, scales, torch.nan), torch.where(good, zeros, 0.0)
 
 

@@ -1,0 +1,230 @@
+// Numbers in units of their scale to codes and back, W at a time.
+#pragma once
+
+typedef uint32_t Words __attribute__((vector_size(W * 4)));
+typedef int32_t Ints __attribute__((vector_size(W * 4)));
+typedef decltype(Vec::v) Floats;
+typedef decltype(load_bytes(nullptr)) Lane32;
+
+INLINE Words words(uint32_t x) { return Words{} + x; }
+INLINE Words bits_of(Vec a) { return (Words)a.v; }
+INLINE Vec as_float(Words a) { return {(Floats)a}; }
+INLINE Vec from_int(Words a) { return {(Floats)__builtin_convertvector((Ints)a, Floats)}; }
+INLINE Words pick(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }
+INLINE Words larger(Words a, Words b) { return a > b ? a : b; }
+INLINE Vec within(Vec a, float low, float high) {
+  return at_most(at_least(a, set1(low)), set1(high));
+}
+INLINE uint32_t bits_of(float x) {
+  uint32_t out;
+  __builtin_memcpy(&out, &x, 4);
+  return out;
+}
+INLINE float as_float(uint32_t bits) {
+  float out;
+  __builtin_memcpy(&out, &bits, 4);
+  return out;
+}
+
+// Adding it rounds a float below 2^22 half to even, and leaves the integer in the low bits.
+constexpr float kRound = 12582912.0f;
+
+struct alignas(64) Table {
+  float at[16];
+};
+
+// Each kind: code<Tame>(q, x, zero) are the codes of numbers q = x / scale, in the low byte of each
+// lane; Tame: the scale is the group's own and no subnormal number, so that q is hardly past the
+// ends. value(codes, zero) is what codes stand for, one in each lane. kZero is the code of 0, kMost
+// the largest number; kBounded: no code stands for twice as much.
+struct Int8 {
+  static constexpr bool kPacked = false;
+  static constexpr uint8_t kZero = 0;
+  static constexpr float kMost = 127.0f;
+  static constexpr bool kBounded = true;
+  template <bool Tame>
+  INLINE_MEMBER static Words code(Vec q, Vec, Vec) {
+    return bits_of((Tame ? q : within(q, -127.0f, 127.0f)) + set1(kRound));
+  }
+  INLINE_MEMBER static Vec value(Words codes, Vec) {
+    return from_int((Words)((Ints)(codes << 24) >> 24));
+  }
+};
+struct Int4 {
+  static constexpr bool kPacked = true;
+  static constexpr uint8_t kZero = 8;
+  static constexpr float kMost = 8.0f;
+  static constexpr bool kBounded = true;
+  template <bool Tame>
+  INLINE_MEMBER static Words code(Vec q, Vec, Vec) {
+    q = Tame ? at_most(q, set1(7.0f)) : within(q, -8.0f, 7.0f);
+    return bits_of(q + set1(kRound + 8.0f)) & 15u;
+  }
+  INLINE_MEMBER static Vec value(Words codes, Vec) { return from_int(codes) - set1(8.0f); }
+};
+// With a zero point, which is a whole number where codes are made.
+struct Int4Zero {
+  static constexpr bool kPacked = true;
+  static constexpr uint8_t kZero = 0;
+  static constexpr float kMost = 15.0f;
+  static constexpr bool kBounded = false;
+  template <bool Tame>
+  INLINE_MEMBER static Words code(Vec q, Vec, Vec zero) {
+    const Vec n = ((Tame ? q : within(q, -15.0f, 15.0f)) + set1(kRound)) - set1(kRound);
+    return bits_of(within(n + zero, 0.0f, 15.0f) + set1(kRound)) & 15u;
+  }
+  INLINE_MEMBER static Vec value(Words codes, Vec zero) { return from_int(codes) - zero; }
+};
+
+// How many of 15 ascending thresholds lie below q.
+INLINE Words count_below(Vec q, const Table& thresholds) {
+  Words n = words(0);
+  if (W == 4) {
+    for (int i = 0; i < 15; ++i) n -= (Words)(set1(thresholds.at[i]).v < q.v);
+    return n;
+  }
+#pragma GCC unroll 4
+  for (uint32_t step = 8; step; step /= 2) {
+    const Vec t = lookup(thresholds.at, (Lane32)(n + (step - 1)));
+    n += (Words)(t.v < q.v) & step;
+  }
+  return n;
+}
+
+constexpr Table kNf4Values = {{-1.0f, -0.6961928009986877f, -0.5250730514526367f,
+                               -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
+                               -0.09105003625154495f, 0.0f, 0.07958029955625534f,
+                               0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+                               0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f,
+                               1.0f}};
+// In the order of their codes: a sign bit above eight magnitudes.
+constexpr Table kFp4Values = {{0.0f, float(0.0625 / 12), float(8.0 / 12), 1.0f, float(4.0 / 12), 0.5f,
+                               float(2.0 / 12), 0.25f, -0.0f, float(-0.0625 / 12), float(-8.0 / 12),
+                               -1.0f, float(-4.0 / 12), -0.5f, float(-2.0 / 12), -0.25f}};
+// The codes of fp4's fifteen numbers by size, as floats: lookup reads nothing else.
+constexpr uint8_t kFp4Order[15] = {11, 10, 13, 12, 15, 14, 9, 0, 1, 6, 7, 4, 5, 2, 3};
+
+constexpr Table nf4_thresholds() {
+  Table out{};
+  for (int i = 0; i < 15; ++i) out.at[i] = (kNf4Values.at[i] + kNf4Values.at[i + 1]) / 2;
+  return out;
+}
+constexpr Table fp4_thresholds() {
+  Table out{};
+  for (int i = 0; i < 14; ++i)
+    out.at[i] = (kFp4Values.at[kFp4Order[i]] + kFp4Values.at[kFp4Order[i + 1]]) / 2;
+  out.at[14] = 2.0f;  // above all numbers
+  return out;
+}
+constexpr Table fp4_codes() {
+  Table out{};
+  for (int i = 0; i < 15; ++i) out.at[i] = float(kFp4Order[i]);
+  return out;
+}
+
+struct Nf4 {
+  static constexpr bool kPacked = true;
+  static constexpr uint8_t kZero = 7;
+  static constexpr Table kThresholds = nf4_thresholds();
+  static constexpr float kMost = 1.0f;
+  static constexpr bool kBounded = true;
+  template <bool Tame>
+  INLINE_MEMBER static Words code(Vec q, Vec, Vec) {
+    return count_below(q, kThresholds);
+  }
+  INLINE_MEMBER static Vec value(Words codes, Vec) {
+    return lookup(kNf4Values.at, (Lane32)codes);
+  }
+};
+struct Fp4 {
+  static constexpr bool kPacked = true;
+  static constexpr uint8_t kZero = 0;
+  static constexpr Table kThresholds = fp4_thresholds(), kCodes = fp4_codes();
+  static constexpr float kMost = 1.0f;
+  static constexpr bool kBounded = true;
+  template <bool Tame>
+  INLINE_MEMBER static Words code(Vec q, Vec, Vec) {
+    const Vec code = lookup(kCodes.at, (Lane32)count_below(q, kThresholds));
+    return bits_of(code + set1(kRound)) & 15u;
+  }
+  INLINE_MEMBER static Vec value(Words codes, Vec) {
+    return lookup(kFp4Values.at, (Lane32)codes);
+  }
+};
+
+// A float with `Bits` of mantissa and the exponent bias `Bias` in a byte; `Top` is the largest
+// number. What is below the smallest normal one is a multiple of its last bit, which adding a power
+// of two rounds to.
+template <int Bits, int Bias, int Top, bool Infinite>
+struct Fp8 {
+  static constexpr bool kPacked = false;
+  static constexpr uint8_t kZero = 0;
+  static constexpr int kDrop = 23 - Bits;
+  static constexpr uint32_t kRebias = uint32_t(127 - Bias) << 23;
+  static constexpr uint32_t kLeast = uint32_t(128 - Bias) << 23;  // the smallest normal number
+  static constexpr uint32_t kStep = uint32_t(128 - Bias - Bits) << 23;  // the last bit below it
+  static constexpr float kMost = float(Top);
+  static constexpr bool kBounded = !Infinite;
+  template <bool Tame>
+  INLINE_MEMBER static Words code(Vec q, Vec x, Vec) {
+    Vec size = as_float(bits_of(q) & 0x7fffffffu);
+    if (!Tame) size = at_most(size, set1(kMost));
+    const Words bits = bits_of(size), odd = (bits >> kDrop) & 1u;
+    const Words normal = (bits - kRebias + (((1u << (kDrop - 1)) - 1u) + odd)) >> kDrop;
+    const float shift = as_float(kStep + (23u << 23));
+    const Words small = bits_of(size + set1(shift)) - bits_of(shift);
+    return pick((Words)(bits < kLeast), small, normal) | (bits_of(x) >> 24 & 0x80u);
+  }
+  INLINE_MEMBER static Vec value(Words codes, Vec) {
+    const Words size = codes & 0x7fu;
+    const Words normal = (size << kDrop) + kRebias;
+    const Vec small = from_int(size) * set1(as_float(kStep));
+    Words out = pick((Words)(size < (1u << Bits)), bits_of(small), normal);
+    if (Infinite) {  // the last exponent holds infinity and NaN
+      out = pick((Words)(size >= 0x7cu), (size << kDrop) + 2u * kRebias, out);
+    } else {
+      out = pick((Words)(size == 0x7fu), words(0x7fc00000u), out);
+    }
+    return as_float(out | (codes >> 7 << 31));
+  }
+};
+using E4m3 = Fp8<3, 7, 448, false>;
+using E5m2 = Fp8<2, 15, 57344, true>;
+
+// 2^e of an e8m0 byte; 255 is NaN.
+INLINE float power_of(uint8_t byte) {
+  return as_float(byte == 255 ? 0x7fc00000u : byte ? uint32_t(byte) << 23 : 0x00400000u);
+}
+
+// 2n nibbles in bytes to n bytes, the even one in the low half.
+INLINE void pack_nibbles(const uint8_t* from, uint8_t* to, i64 n) {
+  typedef uint16_t Pairs __attribute__((vector_size(32)));
+  typedef uint8_t Packed __attribute__((vector_size(16)));
+  i64 i = 0;
+  for (; i + 16 <= n; i += 16) {
+    Pairs p;
+    __builtin_memcpy(&p, from + 2 * i, 32);
+    const Packed made = __builtin_convertvector((p | p >> 4) & 0xff, Packed);
+    __builtin_memcpy(to + i, &made, 16);
+  }
+  for (; i < n; ++i) to[i] = uint8_t(from[2 * i] | from[2 * i + 1] << 4);
+}
+
+INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+
+// The lanes of a and b in turn.
+INLINE void zip(Vec a, Vec b, Vec& first, Vec& second) {
+#if defined(__clang__)
+  float lanes[2 * W];
+  for (int i = 0; i < W; ++i) lanes[2 * i] = a.v[i], lanes[2 * i + 1] = b.v[i];
+  first = load(lanes), second = load(lanes + W);
+#else
+  Ints low, high;
+  for (int i = 0; i < W; ++i) {
+    low[i] = i / 2 + i % 2 * W;
+    high[i] = low[i] + W / 2;
+  }
+  first = {__builtin_shuffle(a.v, b.v, low)};
+  second = {__builtin_shuffle(a.v, b.v, high)};
+#endif
+}
