@@ -16,6 +16,7 @@ from fastllm.ops.linear_distill import linear_distillation_loss
 from fastllm.ops.linear_loss import linear_cross_entropy, token_log_probs
 from fastllm.ops.loss import cross_entropy, distillation_loss, hidden_state_loss
 from fastllm.ops.matmul import gated_linear, linear, matmul
+from fastllm.ops.matmul.main_grad import linear_main_grad
 from fastllm.ops.moe import moe_permute, moe_route, moe_unpermute
 from fastllm.ops.norm import (
     add_layer_norm,
@@ -58,6 +59,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_distillation_loss",
+    "linear_main_grad",
     "log_softmax",
     "matmul",
     "merge_attention",

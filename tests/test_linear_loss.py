@@ -62,6 +62,30 @@ def test_low_rank_weight(dtype, reduction):
     within_budget(*found, gradients(stock, double, upstream.double()))
 
 
+def test_low_rank_weight_reads_its_own_input_in_its_own_dtype():
+    x, w, t = head(dtype=torch.bfloat16)
+    a, b = torch.randn(4, 16), torch.randn(700, 4) / 8
+    mask = (torch.rand(37, 16) < 0.5) * 2.0  # a dropout
+
+    def ours(x, a, b):
+        return FF.linear_cross_entropy(
+            x, w, t, lora_a=a, lora_b=b, lora_input=x * mask, dtype=torch.float32
+        )
+
+    def stock(x, a, b):  # as PEFT computes it, and transformers the loss
+        base, dropped = F.linear(x, w.to(x.dtype)), (x * mask.to(x.dtype)).to(a.dtype)
+        logits = (base + F.linear(F.linear(dropped, a), b)).to(x.dtype)
+        return F.cross_entropy(logits.to(a.dtype), t)
+
+    exact = [v.double() for v in (x, a, b)]
+    found = [gradients(ours, (x, a, b)), gradients(stock, (x, a, b)), gradients(stock, exact)]
+    within_budget(*found)
+    with pytest.raises(ValueError, match="lora_input: expected None without lora_a"):
+        FF.linear_cross_entropy(x, w, t, lora_input=x)
+    with pytest.raises(ValueError, match="lora_input: expected input's shape"):
+        FF.linear_cross_entropy(x, w, t, lora_a=a, lora_b=b, lora_input=x[1:])
+
+
 def test_low_rank_weight_with_a_frozen_base():
     x, w, t = head()
     a, b = torch.randn(4, 16, requires_grad=True), torch.zeros(700, 4, requires_grad=True)

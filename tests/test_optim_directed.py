@@ -331,7 +331,7 @@ def test_decay_without_a_step():
     """A direction of no length still decays the parameter."""
     p = Parameter(torch.ones(4, 4))
     p.grad = torch.ones(4, 4)
-    work = optim.SGD([p])._collect({"params": [p], "momentum": 0, "dampening": 0, "lr": 1.0,
+    work = optim.SGD([p]).collect({"params": [p], "momentum": 0, "dampening": 0, "lr": 1.0,
                                     "weight_decay": 0, "nesterov": False}, 0, 1.0)  # fmt: skip
     step = directed._along(work, 0, directed.Way(torch.ones(4, 4), 0.0, 0.5))
     directed.run(directed.SGD, [step], None)

@@ -43,25 +43,28 @@ def sharded(rank, port):
         (optim.AdamW, {"state_dtype": "bf16"}),
         (optim.AdamW, {"state_dtype": "int8"}),
     ):
-        whole = [Parameter(t.clone()) for t in start]
+        whole, other = ([Parameter(t.clone()) for t in start] for _ in range(2))
         parts = [
             Parameter(distribute_tensor(t.clone(), mesh, p))
             for t, p in zip(start, places, strict=True)
         ]
         one, many = cls(whole, lr=0.01, **options), cls(parts, lr=0.01, **options)
+        chance = cls(other, lr=0.01, seed=1, **options)
         for grads in gradients(shapes):
-            for p, q, g, place in zip(whole, parts, grads, places, strict=True):
-                p.grad, q.grad = g.clone(), distribute_tensor(g, mesh, place)
+            for p, r, q, g, place in zip(whole, other, parts, grads, places, strict=True):
+                p.grad, r.grad, q.grad = g.clone(), g.clone(), distribute_tensor(g, mesh, place)
             one.step()
             many.step()
+            chance.step()
         assert many.backend_used == "cpu"
         if "max_grad_norm" in options:
             assert abs(one.grad_norm - many.grad_norm) <= 1e-5 * one.grad_norm
-        # small states are rounded at random, and a shard draws its own
-        error = 4e-2 if "state_dtype" in options else 2e-5
-        for p, q, t in zip(whole, parts, start, strict=True):
-            off = (q.full_tensor() - p).norm() / (p - t).norm()
-            assert off <= error, (cls, options, off)
+        # small states are rounded at random, and a shard draws its own: it is no farther from the
+        # whole than the whole with another seed is
+        for p, r, q, t in zip(whole, other, parts, start, strict=True):
+            size = (p - t).norm()
+            off, drawn = (q.full_tensor() - p).norm() / size, (r - p).norm() / size
+            assert off <= 1.2 * drawn + 2e-5, (cls, options, off, drawn)
     parts[0].grad = distribute_tensor(gradients(shapes, 1)[0][0], mesh, places[0])
     for cls in (optim.LAMB, optim.Adafactor, optim.Muon):
         with pytest.raises(RuntimeError, match="DTensor"):

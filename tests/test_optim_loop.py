@@ -127,6 +127,31 @@ def test_formats_convert_on_load(kept, error):
     assert list(back.state[p]) == list(full.state[p])
 
 
+def test_codes_of_version_1_are_read():
+    """int8 states as they were saved before: c |c| / 127^2 in int8 and (c / 255)^4 in uint8."""
+    torch.manual_seed(0)
+    p = Parameter(torch.randn(100, 70))
+    p.grad = torch.randn(100, 70)
+    optimizer = optim.AdamW([p], state_dtype="int8")
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    state, scales = saved["state"][0], torch.rand(states.scales_of(7000)) + 0.5
+    first = torch.randint(-127, 128, (100, 70), dtype=torch.int8)
+    second = torch.randint(1, 256, (100, 70)).to(torch.uint8)
+    state |= {"exp_avg": first, "exp_avg_scale": scales}
+    state |= {"exp_avg_sq": second, "exp_avg_sq_scale": scales}
+    spread = scales.repeat_interleave(states.BLOCK)[:7000].view(100, 70)
+    means = first.double() * first.double().abs() / 127**2, (second.double() / 255) ** 4
+    for kept in ("fp32", "int8"):
+        read, other = optim.AdamW([p], state_dtype=kept), optim.AdamW([p])
+        read.load_state_dict(copy.deepcopy(saved))
+        assert read.state[p]["exp_avg"].dtype == (torch.uint8 if kept == "int8" else torch.float32)
+        other.load_state_dict(copy.deepcopy(read.state_dict()))
+        for name, mean in zip(("exp_avg", "exp_avg_sq"), means, strict=True):
+            off = other.state[p][name].double() - mean * spread
+            assert off.norm() <= (1e-6 if kept == "fp32" else 0.03) * (mean * spread).norm()
+
+
 def test_a_second_moment_never_vanishes():
     """Next to one huge gradient, small ones keep steps of their own size: no endless step."""
     torch.manual_seed(0)

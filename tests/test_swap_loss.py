@@ -216,6 +216,92 @@ def test_compiles_whole_and_agrees():
     torch.testing.assert_close(compiled(**inputs, use_cache=False).loss, stock)
 
 
+ADAPTERS = {
+    "lora": {"target_modules": ["q_proj", "lm_head"]},
+    "dropout": {"target_modules": ["lm_head"], "lora_dropout": 0.3},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+def with_adapter(kind):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[kind])
+    return peft.get_peft_model(llama(), config).train()
+
+
+def only_its_loss(model):
+    return fastllm.swap(
+        model, include=LlamaForCausalLM, exclude=["base_model.model.*"], fused_loss=True
+    )
+
+
+def adapter_step(model, inputs):
+    model.zero_grad()
+    torch.manual_seed(3)  # of the adapter's dropout
+    out = model(**inputs, use_cache=False)
+    out.loss.backward()
+    return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_heads_with_adapters_train_as_before(kind):
+    model, inputs = with_adapter(kind), batch()
+    stock, expected = adapter_step(model, inputs)
+    with only_its_loss(model) as handle:
+        assert handle.report().count("loss") == 1
+        ours, found = adapter_step(model, inputs)
+        assert isinstance(ours.logits, LazyLogits) and ours.logits.pending
+        torch.testing.assert_close(ours.loss, stock.loss)
+        assert any("lm_head" in name for name in found)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        # dropout was drawn once: looking does not draw again
+        torch.testing.assert_close(ours.logits + 0, stock.logits)
+    assert "forward" not in vars(model.base_model.model.lm_head)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_adapters_in_low_precision_and_autocast(dtype):
+    model, inputs = with_adapter("lora"), batch()
+    base = model.base_model.model
+    for name, p in base.named_parameters():  # PEFT keeps adapters in float32
+        p.data = p.data if "lora_" in name else p.data.to(dtype)
+
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+            return model(**inputs)
+
+    stock = run()
+    only_its_loss(model)
+    ours = run()
+    assert isinstance(ours.logits, LazyLogits) and ours.logits.pending
+    assert ours.loss.dtype == stock.loss.dtype and ours.logits.dtype == stock.logits.dtype
+    torch.testing.assert_close(ours.loss, stock.loss, rtol=1e-2, atol=1e-2)
+    assert torch.equal(ours.logits, stock.logits)
+
+
+def test_adapters_that_are_off_merged_or_more_than_lora():
+    model, inputs = with_adapter("lora"), batch()
+    only_its_loss(model)
+    head = model.base_model.model.lm_head
+    plain = model(**inputs)
+    with model.disable_adapter():
+        out = model(**inputs)
+        assert isinstance(out.logits, LazyLogits) and out.logits.pending
+        logits = head.base_layer(out.logits.hidden)[:, :-1].flatten(0, 1)
+        torch.testing.assert_close(
+            out.loss, F.cross_entropy(logits, inputs["labels"][:, 1:].flatten())
+        )
+    head.merge()
+    merged = model(**inputs)
+    assert merged.logits.pending
+    torch.testing.assert_close(merged.loss, plain.loss)
+    head.unmerge()
+    head.lora_B["default"].register_forward_hook(lambda *_: None)
+    hooked = model(**inputs)
+    assert type(hooked.logits) is torch.Tensor
+    torch.testing.assert_close(hooked.loss, plain.loss)
+
+
 def test_no_logits_are_held():
     config = LlamaConfig(**{**SMALL, "vocab_size": 20000}, **HEADS)
     model, ids = LlamaForCausalLM(config), torch.randint(20000, (4, 64))

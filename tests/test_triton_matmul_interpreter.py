@@ -135,6 +135,18 @@ def test_accumulating_into_fp32(kind):
 
 
 @inside
+def test_linear_adds_its_gradient_to_a_main_grad():
+    from fastllm import functional
+
+    x, w = torch.randn(3, 17, 24).half(), torch.randn(40, 24).half().requires_grad_()
+    total, dy = torch.randn(40, 24), torch.randn(3, 17, 40).half()
+    before, version = total.clone(), total._version
+    functional.linear_main_grad(x, w, main_grad=total, backend="triton").backward(dy)
+    close(total, before.double() + dy.double().flatten(0, 1).t() @ x.double().flatten(0, 1))
+    assert w.grad is None and total._version > version
+
+
+@inside
 @pytest.mark.parametrize("kind", ["tile", "persistent", "tma"])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS)[1:])
 def test_gated_pairs(kind, activation):

@@ -122,6 +122,54 @@ py::object step(int kind, py::list groups, int threads) {
   return py::none();
 }
 
+// A line of the table that the CUDA kernels read: OptimRow in csrc/cuda/optim_params.h.
+struct Row {
+  uint64_t param, grad, master, state[3], scale[2], step;
+  int64_t n, types, number, group, fresh;
+};
+
+uint64_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+
+// optim_rows(groups, device type, device id): the table of groups as optim_step() has them, as bytes,
+// for tensors that are on that device; or the places of those that the kernels do not take.
+py::object rows(py::list groups, int device_type, int device_id) {
+  if (!api) throw std::runtime_error("optim_bind has not been called");
+  std::vector<Row> lines;
+  py::list odd;
+  size_t place = 0;
+  int64_t number = 0;
+  for (py::handle entry : groups) {
+    Group g;
+    if (!g.read(entry.ptr())) throw py::error_already_set();
+    for (Py_ssize_t i = 0; i < g.count; ++i, ++place) {
+      const Items item = g.items(i);
+      Tensor t{};
+      Count count;
+      if (!read_tensor(item, t, count, {device_type, device_id}) || count.wide) {
+        odd.append(place);
+        continue;
+      }
+      Row row{address(t.param), address(t.grad), address(t.master), {}, {}, address(count.data),
+              t.n, t.param_type | t.grad_type << 8, 0, number, 0};
+      uint64_t all = row.param | row.grad | row.master;
+      for (int k = 0; k < 3; ++k) {
+        row.state[k] = address(t.state[k]);
+        row.types |= int64_t(t.store[k]) << (16 + 8 * k);
+        all |= row.state[k];
+        if (k < 2) row.scale[k] = address(t.scale[k]);
+      }
+      row.types |= int64_t(all % 16 == 0) << 40;
+      row.number = uint32_t(PyLong_AsUnsignedLongMask(item.of[kNumbers]));
+      row.fresh = item.of[kFresh] && PyObject_IsTrue(item.of[kFresh]);
+      lines.push_back(row);
+    }
+    ++number;
+  }
+  if (PyErr_Occurred()) throw py::error_already_set();
+  if (!odd.empty()) return odd;
+  return py::bytes(reinterpret_cast<const char*>(lines.data()), lines.size() * sizeof(Row));
+}
+
 // Looks parameters up in an optimizer's state. Its entries are usually in the parameters' order, and
 // then none of them has to be hashed, which is a call of Python.
 class States {
@@ -295,6 +343,8 @@ void bind_optim(py::module_& m) {
         "Gives the optimizers torch.Tensor and torch.nn.Parameter; once.");
   m.def("optim_step", &step, py::arg("kind"), py::arg("groups"), py::arg("threads"),
         "Updates all tensors, or returns the places of those that it cannot read.");
+  m.def("optim_rows", &rows, py::arg("groups"), py::arg("device_type"), py::arg("device_id"),
+        "The table of the CUDA kernels as bytes, or the places of tensors that they do not take.");
   m.def("optim_step_all", &step_all, py::arg("kind"), py::arg("groups"), py::arg("state"),
         py::arg("threads"), "Updates all parameters and returns them, or None: nothing was done.");
   m.def("optim_measure", &measure, py::arg("grads"), py::arg("threads"),

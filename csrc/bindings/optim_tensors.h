@@ -52,14 +52,17 @@ void bind(py::object tensor, py::object parameter) {
   types.grad = PyUnicode_InternFromString("grad");
 }
 
+constexpr dlpack::Device kHere = {dlpack::kCpu, 0};
+
 struct View {
   dlpack::Tensor t{};
   int64_t numel = 1;
 
-  // A tensor on the CPU; else false.
-  bool read(PyObject* object) {
+  // A tensor on the CPU, or on another device; else false.
+  bool read(PyObject* object, dlpack::Device where = kHere) {
     if (api->view_of_object(object, &t) != 0) return PyErr_Clear(), false;
-    if (t.device.type != dlpack::kCpu || t.dtype.lanes != 1) return false;
+    if (t.device.type != where.type || t.dtype.lanes != 1) return false;
+    if (where.type != dlpack::kCpu && t.device.id != where.id) return false;
     for (int d = 0; d < t.ndim; ++d) numel *= t.shape[d];
     return true;
   }
@@ -109,8 +112,8 @@ struct View {
 int store_of(const View& v, int place) {
   if (v.is(dlpack::kFloat, 32)) return optim::kPlain;
   if (v.is(dlpack::kBfloat, 16)) return optim::kHalf;
-  if (v.is(kDlInt, 8)) return optim::kSignedRoot;
-  if (v.is(kDlUint, 8)) return optim::kFourthRoot;
+  if (v.is(kDlUint, 8) && place == 0) return optim::kSignedOctaves;
+  if (v.is(kDlInt, 8) && place == 1) return optim::kOctaves;
   if (v.is(kDlFloat8E4m3fn, 8)) return place == 0 ? optim::kFp8 : optim::kFp8Square;
   return kOther;
 }
@@ -179,17 +182,17 @@ struct Count {  // a state's `step`: a scalar tensor, float32 or float64
   }
 };
 
-bool read_count(PyObject* object, Count& out) {
+bool read_count(PyObject* object, Count& out, dlpack::Device where) {
   View v;
-  if (!v.read(object) || v.numel != 1 || v.t.dtype.code != dlpack::kFloat) return false;
+  if (!v.read(object, where) || v.numel != 1 || v.t.dtype.code != dlpack::kFloat) return false;
   out = {v.data(), v.t.dtype.bits == 64};
   return v.t.dtype.bits == 64 || v.t.dtype.bits == 32;
 }
 
 // Everything of one tensor but its coefficients; false when it is not an ordinary one.
-bool read_tensor(const Items& item, Tensor& t, Count& count) {
+bool read_tensor(const Items& item, Tensor& t, Count& count, dlpack::Device where = kHere) {
   View param, grad;
-  if (!param.read(item.of[kParams]) || !grad.read(item.of[kGrads])) return false;
+  if (!param.read(item.of[kParams], where) || !grad.read(item.of[kGrads], where)) return false;
   t.n = param.numel;
   t.param = param.data();
   t.grad = grad.data();
@@ -201,23 +204,23 @@ bool read_tensor(const Items& item, Tensor& t, Count& count) {
     PyObject* state = item.of[kState0 + k];
     if (!state) continue;
     View v, s;
-    if (!v.read(state) || !v.like(param)) return false;
+    if (!v.read(state, where) || !v.like(param)) return false;
     t.state[k] = v.data();
     t.store[k] = store_of(v, k);
     if (t.store[k] == kOther) return false;
     if (t.store[k] <= optim::kHalf) continue;
     PyObject* scale = k < 2 ? item.of[kScale0 + k] : nullptr;
-    if (!scale || !s.read(scale) || s.type() != kFloat32 || !s.dense()) return false;
+    if (!scale || !s.read(scale, where) || s.type() != kFloat32 || !s.dense()) return false;
     if (s.numel < (t.n + optim::kScaled - 1) / optim::kScaled) return false;  // a shard may have more
     t.scale[k] = static_cast<float*>(s.data());
   }
   if (PyObject* master = item.of[kMasters]) {
     View v;
-    if (!v.read(master) || v.type() != kFloat32 || !v.like(param)) return false;
+    if (!v.read(master, where) || v.type() != kFloat32 || !v.like(param)) return false;
     t.master = static_cast<float*>(v.data());
   }
   PyObject* step = item.of[kSteps];
-  return !step || read_count(step, count);
+  return !step || read_count(step, count, where);
 }
 
 }  // namespace

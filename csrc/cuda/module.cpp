@@ -3,9 +3,13 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstring>
+#include <string_view>
+#include <vector>
 
 #include "cuda/norm.h"
 #include "cuda/norm_params.h"
+#include "cuda/optim.h"
 
 namespace py = pybind11;
 using namespace fastllm;
@@ -101,6 +105,37 @@ void backward(bool center, int dtype, int weight_dtype, uintptr_t grad_output,
   check(norm_bwd(center, dtype, p, plan, device, pointer(stream)));
 }
 
+template <typename T>
+std::vector<T> unpacked(const py::bytes& bytes, const char* name) {
+  const std::string_view view = bytes;
+  if (view.size() % sizeof(T) != 0) throw py::value_error(std::string(name) + ": not whole entries");
+  std::vector<T> out(view.size() / sizeof(T));
+  std::memcpy(out.data(), view.data(), view.size());
+  return out;
+}
+
+// rows, shares, uses: device memory; settings and counts: bytes, as the structs lie in memory.
+void step(int kind, uintptr_t rows, uintptr_t shares, int64_t row_count, int64_t share_count,
+          uintptr_t uses, uintptr_t squares, uintptr_t scale, uintptr_t found, uintptr_t norm,
+          float max_norm, py::bytes settings, py::bytes counts, int device, uintptr_t stream) {
+  const auto groups = unpacked<OptimSettings>(settings, "settings");
+  const auto parts = unpacked<OptimCount>(counts, "counts");
+  if (kind < kOptimAdam || kind > kOptimLion) throw py::value_error("kind: expected 0, 1 or 2");
+  if (parts.size() * kOptimGroups < groups.size()) {
+    throw py::value_error("counts: expected one for each 32 groups");
+  }
+  if (row_count < 0 || share_count < 0 || share_count > INT32_MAX) {
+    throw py::value_error("share_count: out of range");
+  }
+  const OptimStep p = {pointer<const OptimRow>(rows), pointer<const OptimShare>(shares), row_count,
+                       share_count, pointer<OptimUse>(uses), pointer<float>(squares),
+                       pointer<const float>(scale), pointer<const float>(found),
+                       pointer<float>(norm), max_norm};
+  py::gil_scoped_release release;
+  check(optim_step(kind, p, groups.data(), static_cast<int64_t>(groups.size()), parts.data(), device,
+                   pointer(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -116,4 +151,8 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("weight"), py::arg("grad_input"), py::arg("grad_weight"), py::arg("grad_bias"),
         py::arg("workspace"), py::arg("rows"), py::arg("cols"), py::arg("eps"),
         py::arg("weight_offset"), py::arg("device"), py::arg("stream"));
+  m.def("optim_step", &step, py::arg("kind"), py::arg("rows"), py::arg("shares"),
+        py::arg("row_count"), py::arg("share_count"), py::arg("uses"), py::arg("squares"),
+        py::arg("scale"), py::arg("found"), py::arg("norm"), py::arg("max_norm"),
+        py::arg("settings"), py::arg("counts"), py::arg("device"), py::arg("stream"));
 }

@@ -2,11 +2,7 @@
 // the host. Formulas as in kernels/norm.py.
 #pragma once
 
-#ifdef __CUDACC__
-#define HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define HOST_DEVICE inline
-#endif
+#include "cuda/host_device.h"
 
 namespace fastllm {
 

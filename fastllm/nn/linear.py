@@ -12,11 +12,26 @@ from fastllm.nn.worth import worth
 
 
 class Linear(torch.nn.Linear):
-    """torch.nn.Linear: input [*, in_features], output [*, out_features]."""
+    """torch.nn.Linear: input [*, in_features], output [*, out_features].
+
+    With `accumulates` set to True (on an instance or a class), backward adds the gradients to
+    `weight.main_grad` and `bias.main_grad`, float32 tensors that the caller made, wherever they
+    exist, instead of making `weight.grad`: fastllm.functional.linear_main_grad.
+    """
 
     backend: str | None = None
+    accumulates = False
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.accumulates and (total := getattr(self.weight, "main_grad", None)) is not None:
+            return F.linear_main_grad(
+                input,
+                self.weight,
+                self.bias,
+                main_grad=total,
+                bias_main_grad=getattr(self.bias, "main_grad", None),
+                backend=self.backend,
+            )
         if self.backend is None and not worth(input, self.weight, self.bias):
             return stock.linear(input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias, backend=self.backend)

@@ -60,6 +60,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         lora_a: Tensor | None = None,
         lora_b: Tensor | None = None,
         lora_scale: float = 1.0,
+        lora_input: Tensor | None = None,
     ) -> Tensor:
         return F.linear_cross_entropy(
             input,
@@ -75,6 +76,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             lora_a=lora_a,
             lora_b=lora_b,
             lora_scale=lora_scale,
+            lora_input=lora_input,
             chunk_bytes=self.chunk_bytes,
             skip_below=self.skip_below,
             backend=self.backend,

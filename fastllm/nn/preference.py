@@ -5,28 +5,64 @@ Pairs come as in most trainers: the first half of the batch was chosen, the seco
 ignore_index where nothing counts (a prompt, padding); `weight` [C, H] and `bias` are the head's.
 """
 
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastllm import functional as F
 
+_SHARED = (
+    Parameter("ignore_index", Parameter.KEYWORD_ONLY, default=-100, annotation=int),
+    Parameter("chunk_bytes", Parameter.KEYWORD_ONLY, default=32 << 20, annotation=int),
+)
+
 
 class _Preference(torch.nn.Module):
-    """Options that all have in common."""
+    """A loss of fastllm.functional on log-probabilities that are made from hidden states.
+
+    The constructor takes the loss's own options, with its defaults, then ignore_index and
+    chunk_bytes by keyword; all are attributes.
+    """
 
     backend: str | None = None
+    __signature__: Signature
+    loss: Callable[..., Tensor]
+    average: bool
+    names: tuple[str, ...]
+    ignore_index: int
+    chunk_bytes: int
 
-    def __init__(self, ignore_index: int, chunk_bytes: int) -> None:
+    def __init_subclass__(cls, loss: Callable[..., Tensor] | None = None, average: bool = False):
+        """`loss` takes log-probabilities: with `average` a sequence's mean, else its sum."""
+        super().__init_subclass__()
+        if loss is None:
+            return
+        options = [p for p in signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        own = [p.replace(kind=Parameter.POSITIONAL_OR_KEYWORD) for p in options]
+        cls.__signature__ = Signature([*own, *_SHARED])
+        cls.loss, cls.average = staticmethod(loss), average
+        cls.names = tuple(p.name for p in own)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        self.ignore_index, self.chunk_bytes = ignore_index, chunk_bytes
+        given = self.__signature__.bind(*args, **kwargs)
+        given.apply_defaults()
+        for name, value in given.arguments.items():
+            setattr(self, name, value)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the loss is called with."""
+        return {name: getattr(self, name) for name in self.names}
 
     def log_probs(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        average: bool = False,
+        self, input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None
     ) -> Tensor:
         """[B] of sequences [B, T, H]."""
         if input.dim() != 3:
@@ -36,42 +72,47 @@ class _Preference(torch.nn.Module):
             weight,
             target,
             bias,
-            average=average,
+            average=self.average,
             ignore_index=self.ignore_index,
             chunk_bytes=self.chunk_bytes,
             backend=self.backend,
         )
 
     def pairs(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        average: bool = False,
+        self, input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(chosen, rejected), [B] each."""
         if input.shape[0] % 2:
             raise ValueError(
                 f"input: expected an even batch, chosen then rejected, found {input.shape[0]}"
             )
-        chosen, rejected = self.log_probs(input, weight, target, bias, average).chunk(2)
+        chosen, rejected = self.log_probs(input, weight, target, bias).chunk(2)
         return chosen, rejected
 
 
-class DPOLoss(_Preference):
-    """See fastllm.functional.dpo_loss; the reference's head is ref_weight, by default weight."""
+class _Pairs(_Preference):
+    """A loss that compares what was chosen with what was rejected, and nothing else."""
 
-    def __init__(
-        self,
-        beta: float = 0.1,
-        label_smoothing: float = 0.0,
-        *,
-        ignore_index: int = -100,
-        chunk_bytes: int = 32 << 20,
-    ) -> None:
-        super().__init__(ignore_index, chunk_bytes)
-        self.beta, self.label_smoothing = beta, label_smoothing
+    def forward(
+        self, input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        return self.loss(*self.pairs(input, weight, target, bias), **self.options)
+
+
+class CPOLoss(_Pairs, loss=F.cpo_loss):
+    """See fastllm.functional.cpo_loss."""
+
+
+class SimPOLoss(_Pairs, loss=F.simpo_loss, average=True):
+    """See fastllm.functional.simpo_loss."""
+
+
+class ORPOLoss(_Pairs, loss=F.orpo_loss, average=True):
+    """See fastllm.functional.orpo_loss."""
+
+
+class DPOLoss(_Preference, loss=F.dpo_loss):
+    """See fastllm.functional.dpo_loss; the reference's head is ref_weight, by default weight."""
 
     def forward(
         self,
@@ -88,86 +129,11 @@ class DPOLoss(_Preference):
             offset = bias if ref_weight is None else ref_bias
             reference = self.pairs(ref_input, head, target, offset)
         pairs = self.pairs(input, weight, target, bias)
-        return F.dpo_loss(*pairs, *reference, beta=self.beta, label_smoothing=self.label_smoothing)
+        return self.loss(*pairs, *reference, **self.options)
 
 
-class CPOLoss(_Preference):
-    """See fastllm.functional.cpo_loss."""
-
-    def __init__(
-        self,
-        beta: float = 0.1,
-        alpha: float = 1.0,
-        label_smoothing: float = 0.0,
-        *,
-        ignore_index: int = -100,
-        chunk_bytes: int = 32 << 20,
-    ) -> None:
-        super().__init__(ignore_index, chunk_bytes)
-        self.beta, self.alpha, self.label_smoothing = beta, alpha, label_smoothing
-
-    def forward(
-        self, input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        return F.cpo_loss(
-            *self.pairs(input, weight, target, bias),
-            beta=self.beta,
-            alpha=self.alpha,
-            label_smoothing=self.label_smoothing,
-        )
-
-
-class SimPOLoss(_Preference):
-    """See fastllm.functional.simpo_loss."""
-
-    def __init__(
-        self,
-        beta: float = 2.0,
-        gamma: float = 0.5,
-        *,
-        ignore_index: int = -100,
-        chunk_bytes: int = 32 << 20,
-    ) -> None:
-        super().__init__(ignore_index, chunk_bytes)
-        self.beta, self.gamma = beta, gamma
-
-    def forward(
-        self, input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        pairs = self.pairs(input, weight, target, bias, average=True)
-        return F.simpo_loss(*pairs, beta=self.beta, gamma=self.gamma)
-
-
-class ORPOLoss(_Preference):
-    """See fastllm.functional.orpo_loss."""
-
-    def __init__(
-        self, beta: float = 0.1, *, ignore_index: int = -100, chunk_bytes: int = 32 << 20
-    ) -> None:
-        super().__init__(ignore_index, chunk_bytes)
-        self.beta = beta
-
-    def forward(
-        self, input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        return F.orpo_loss(*self.pairs(input, weight, target, bias, average=True), beta=self.beta)
-
-
-class KTOLoss(_Preference):
+class KTOLoss(_Preference, loss=F.kto_loss):
     """See fastllm.functional.kto_loss; reference log-probabilities [B] and kl are given."""
-
-    def __init__(
-        self,
-        beta: float = 0.1,
-        desirable_weight: float = 1.0,
-        undesirable_weight: float = 1.0,
-        *,
-        ignore_index: int = -100,
-        chunk_bytes: int = 32 << 20,
-    ) -> None:
-        super().__init__(ignore_index, chunk_bytes)
-        self.beta = beta
-        self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
 
     def forward(
         self,
@@ -179,33 +145,12 @@ class KTOLoss(_Preference):
         kl: Tensor | float = 0.0,
         bias: Tensor | None = None,
     ) -> Tensor:
-        return F.kto_loss(
-            self.log_probs(input, weight, target, bias),
-            ref_log_probs,
-            desirable,
-            kl,
-            beta=self.beta,
-            desirable_weight=self.desirable_weight,
-            undesirable_weight=self.undesirable_weight,
-        )
+        log_probs = self.log_probs(input, weight, target, bias)
+        return self.loss(log_probs, ref_log_probs, desirable, kl, **self.options)
 
 
-class GRPOLoss(_Preference):
+class GRPOLoss(_Preference, loss=F.grpo_loss):
     """See fastllm.functional.grpo_loss; a token counts where its target is not ignored."""
-
-    def __init__(
-        self,
-        beta: float = 0.0,
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
-        normalization: str = "sequence",
-        *,
-        ignore_index: int = -100,
-        chunk_bytes: int = 32 << 20,
-    ) -> None:
-        super().__init__(ignore_index, chunk_bytes)
-        self.beta, self.clip_low, self.clip_high = beta, clip_low, clip_high
-        self.normalization = normalization
 
     def forward(
         self,
@@ -226,14 +171,5 @@ class GRPOLoss(_Preference):
             chunk_bytes=self.chunk_bytes,
             backend=self.backend,
         )
-        return F.grpo_loss(
-            log_probs,
-            advantages,
-            target != self.ignore_index,
-            old_log_probs,
-            ref_log_probs,
-            beta=self.beta,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            normalization=self.normalization,
-        )
+        kept = target != self.ignore_index
+        return self.loss(log_probs, advantages, kept, old_log_probs, ref_log_probs, **self.options)

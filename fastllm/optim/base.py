@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from fastllm.core.backend import check_name, choice
 from fastllm.core.errors import UnsupportedError
-from fastllm.optim import cpu, states, triton
+from fastllm.optim import cpu, device, states
 from fastllm.optim import grads as gradients
 from fastllm.optim.local import local
 from fastllm.optim.settings import Settings
@@ -107,7 +107,7 @@ class Fused(Optimizer):
 
     def update(self) -> None:
         """One step with the gradients that are there."""
-        if self._on_device():
+        if device.step(self):
             return
         found = getattr(self, "found_inf", None)
         if found is not None and found.item():
@@ -126,54 +126,12 @@ class Fused(Optimizer):
                 raise UnsupportedError(f"{type(self).__name__}: backend 'torch': {reason}")
             self._stock(factor)
             return
-        works = [self._collect(group, index, factor) for index, group in self._numbered()]
+        works = [self.collect(group, index, factor) for index, group in self.numbered()]
         self.backend_used = self.apply([w for w in works if w.params], check_name(name))
 
     def apply(self, works: list[Work], backend: str | None) -> str | None:
         """Updates everything; returns the name of what ran."""
         return run(self.kind, works, backend)
-
-    def _on_device(self) -> bool:
-        """The step in Triton, which waits for nothing; False where it is not for Triton to make.
-
-        By itself it is taken where torch's own step cannot do the work: no GPU was here to time it.
-        """
-        name = choice.name
-        first = next((p for g in self.param_groups for p in g["params"]), None)
-        here = first is None or first.is_cpu
-        if name != "triton" and (name is not None or here or self.not_torch() is None):
-            return False
-        found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        works = [self._collect(group, index, 1.0) for index, group in self._numbered()]
-        works = [work for work in works if work.params]
-        reason: str | None = None if self.direct else "looks at whole tensors"
-        if self.state_dtype in ("int8", "fp8", "bf16"):
-            reason = f"states are {self.state_dtype}"
-        if works and reason is None:
-            reason = triton.refuses(self.kind, works, found)
-        if reason is not None:
-            for work in works:
-                for own, fresh in zip(work.own, work.fresh or (), strict=False):
-                    own.update({"fresh": True} if fresh else {})  # as it was
-            if name == "triton":
-                raise UnsupportedError(f"{type(self).__name__}: backend 'triton': {reason}")
-            return False
-        for i, work in enumerate(works):
-            works[i] = self._steps_moved(work)
-        if works:
-            norm = triton.run(self.kind, works, scale, found, self.max_grad_norm)
-            self.grad_norm = norm
-        self.measured_norm = None
-        self.backend_used = "triton"
-        return True
-
-    def _steps_moved(self, work: Work) -> Work:
-        """The same with its counts on the parameters' device, where they are read."""
-        if work.steps is None:
-            return work
-        for p, own in zip(work.params, work.own, strict=True):
-            own["step"] = own["step"].to(p.device)
-        return work._replace(steps=[own["step"] for own in work.own])
 
     def _on_cpu(self) -> bool:
         """Whether all parameters are: the kernels are there, torch's own step is elsewhere."""
@@ -231,7 +189,7 @@ class Fused(Optimizer):
         clip = self.max_grad_norm / (self.grad_norm + 1e-6)
         return factor if clip > 1.0 else factor * clip  # NaN goes on
 
-    def _numbered(self) -> Iterable[tuple[int, dict[str, Any]]]:
+    def numbered(self) -> Iterable[tuple[int, dict[str, Any]]]:
         """Groups with the number of their first parameter."""
         at = 0
         for group in self.param_groups:
@@ -246,7 +204,7 @@ class Fused(Optimizer):
         master = MASTER if self.master_weights else None
         step = "step" if self._counts() else None
         groups = []
-        for first, group in self._numbered():
+        for first, group in self.numbered():
             settings = self.settings(group, -factor if group.get("maximize") else factor)
             kept = self.kept(group)
             scales = [f"{n}_scale" for n in kept[:2]] if coded else []
@@ -258,7 +216,7 @@ class Fused(Optimizer):
         """Whether states have a `step`."""
         return self.counted or self.state_dtype != "fp32" or self.stochastic_rounding
 
-    def _collect(self, group: dict[str, Any], first: int, factor: float) -> Work:
+    def collect(self, group: dict[str, Any], first: int, factor: float) -> Work:
         """What the kernel needs of one group."""
         every = group["params"]
         found = [p.grad for p in every]
@@ -367,8 +325,7 @@ class Fused(Optimizer):
             return
         state.pop(f"{name}_scale", None)
         if scales is not None:
-            kind = next(c for c in states.CODES.values() if _fits(c, value.dtype, place))
-            plain = states.decode(states.flat(value), scales.to(param.device), kind)
+            plain = states.decode_saved(states.flat(value), scales.to(param.device), place)
         else:
             plain = states.flat(value.float() if value.is_floating_point() else value)
         code = states.code_of(kept, place)
@@ -379,7 +336,3 @@ class Fused(Optimizer):
             states.flat(wanted.view(torch.uint8)).copy_(codes.view(torch.uint8))
             state[f"{name}_scale"] = room
         state[name] = wanted
-
-
-def _fits(code: states.Code, dtype: torch.dtype, place: int) -> bool:
-    return code.dtype == dtype and code.signed == (place == 0)

@@ -19,24 +19,24 @@ def run(kind: int, works: "list[Work]") -> "list[Work]":
     """Updates what the kernels can read; returns the rest, untouched."""
     if not works:
         return []
-    works = [_resolved(w) if any(map(_is_neg, w.grads)) else w for w in works]
-    odd = _C.optim_step(kind, [_arguments(w) for w in works], _threads())
+    works = list(map(resolved, works))
+    odd = _C.optim_step(kind, [arguments(w) for w in works], _threads())
     if odd is None:
         return _done(works, [])
     # rare: other strides than the parameter's. Those that can be laid out alike are, once
-    for work, i in _places(works, odd):
-        _lay_out(work, i)
-    odd = _C.optim_step(kind, [_arguments(w) for w in works], _threads())
+    for work, i in places(works, odd):
+        lay_out(work, i)
+    odd = _C.optim_step(kind, [arguments(w) for w in works], _threads())
     if odd is None:
         return _done(works, [])
-    places = {(id(work), i) for work, i in _places(works, odd)}
+    left_out = {(id(work), i) for work, i in places(works, odd)}
     rest, fine = [], []
     for work in works:
-        left = [i for i in range(len(work.params)) if (id(work), i) in places]
-        good = [i for i in range(len(work.params)) if (id(work), i) not in places]
+        left = [i for i in range(len(work.params)) if (id(work), i) in left_out]
+        good = [i for i in range(len(work.params)) if (id(work), i) not in left_out]
         rest += [work.only(left)] if left else []
         fine += [work.only(good)] if good else []
-    if fine and _C.optim_step(kind, [_arguments(w) for w in fine], _threads()) is not None:
+    if fine and _C.optim_step(kind, [arguments(w) for w in fine], _threads()) is not None:
         raise RuntimeError("tensors changed during an optimizer's step")
     return _done(fine, rest)
 
@@ -65,7 +65,7 @@ def _done(works: "list[Work]", rest: "list[Work]") -> "list[Work]":
     return rest
 
 
-def _arguments(work: "Work") -> tuple[Any, ...]:
+def arguments(work: "Work") -> tuple[Any, ...]:
     """A group as csrc/bindings/optim.cpp reads it."""
     lists = [*work.states, None, None, None][:3]
     scales = [*work.scales, None, None][:2]
@@ -75,18 +75,20 @@ def _arguments(work: "Work") -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _resolved(work: "Work") -> "Work":
+def resolved(work: "Work") -> "Work":
     """Lazy negations made real: the bytes have to be the values."""
+    if not any(map(_is_neg, work.grads)):
+        return work
     return work._replace(grads=[g.resolve_neg() for g in work.grads])
 
 
-def _places(works: "list[Work]", odd: list[int]) -> Any:
+def places(works: "list[Work]", odd: list[int]) -> Any:
     """(work, place in it) of numbers counted through all works."""
     flat = [(work, i) for work in works for i in range(len(work.params))]
     return [flat[n] for n in odd]
 
 
-def _lay_out(work: "Work", i: int) -> None:
+def lay_out(work: "Work", i: int) -> None:
     """Gives the gradient, and states from a checkpoint, the memory order of the parameter."""
     param, grad = work.params[i], work.grads[i]
     if grad.is_sparse:

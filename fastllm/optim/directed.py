@@ -47,7 +47,7 @@ class Directed(Fused):
                 steps.append(_along(work, i, way))
         return run(SGD, steps, backend) if steps else None
 
-    def _collect(self, group: dict[str, Any], first: int, factor: float) -> Work:
+    def collect(self, group: dict[str, Any], first: int, factor: float) -> Work:
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -57,7 +57,7 @@ class Directed(Fused):
                 raise RuntimeError(f"{type(self).__name__} does not support complex parameters")
             if p.grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-        return super()._collect(group, first, factor)
+        return super().collect(group, first, factor)
 
 
 def _along(work: Work, i: int, way: Way) -> Work:

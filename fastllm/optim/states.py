@@ -2,13 +2,22 @@
 
 A code stands for value(code) * scale, where scale is the largest magnitude among its 128 elements:
 
-    int8   first moment  c |c| / 127^2, signed;    second moment  (c / 255)^4
-    fp8    first moment  e4m3(c) / 448, signed;    second moment  (e4m3(c) / 448)^2
+    int8   first moment  sign and octaves(c) - 2^-15;  second moment  octaves(c), no zero
+    fp8    first moment  e4m3(c), signed;              second moment  e4m3(c)^2
 
-The roots give small values their share of the codes. Codes, and bfloat16, are rounded up or down at
-random in proportion to the distances: a moving average that moves by less than half a code in each
-step would otherwise never move. The random bits come from a counter (element, tensor, step, seed),
-so that a step is repeatable. A second moment's code is above zero wherever its scale is.
+each over the largest value there is. octaves(c) are floats with three bits of fraction: eight even
+steps to each power of two, 16 powers of two for the first moment and 32 for the second. With the
+2^-15, which makes zero a code, that is the companding of telephony (ITU-T G.711, mu-law): small
+values keep their share of the codes, and adding random bits to a float's own is all the rounding.
+
+Codes, and bfloat16, are rounded up or down at random in proportion to the distances: a moving
+average that moves by less than half a code in each step would otherwise never move. As many random
+bits are drawn as are dropped (16 for bfloat16, 20 for int8), which leaves no bias; fp8 has 23, a
+bias of at most 2^-24 of a code. They come from a counter (element, tensor, step, seed), so that a
+step is repeatable. A second moment's code is above zero wherever its scale is.
+
+Until version 2, int8 codes were c |c| / 127^2 in int8 and (c / 255)^4 in uint8; the dtypes
+tell, and load_state_dict converts them.
 
 This module is the plain torch form; the kernels do the same.
 """
@@ -29,14 +38,16 @@ KERNEL_DTYPES = (torch.float32, *LOW)
 
 DEALT = 4 * BLOCK  # elements that share a random number
 
-_MASK, _GOLDEN = 0xFFFFFFFF, 0x9E3779B9
+_MASK, GOLDEN = 0xFFFFFFFF, 0x9E3779B9
 
 
 @dataclass(frozen=True)
 class Code:
     """One 8-bit code of numbers in units of scale / unit.
 
-    value() of codes counted from zero, rising; low(), the code at or next below.
+    value() of codes counted from zero, rising; low(), the code at or next below. bits(), where
+    there are such: what has the code from its bit 20 on, and below the share of the way to the
+    next. A stored byte is the code xor `flip`; bit 7 is the sign of signed ones.
     """
 
     dtype: torch.dtype
@@ -45,6 +56,8 @@ class Code:
     signed: bool
     value: Callable[[Tensor], Tensor]
     low: Callable[[Tensor], Tensor]
+    bits: Callable[[Tensor], Tensor] | None = None
+    flip: int = 0
 
 
 def _e4m3(codes: Tensor) -> Tensor:
@@ -58,24 +71,41 @@ def _floor_e4m3(x: Tensor) -> Tensor:
     return torch.where(x < 2.0**-6, (x * 2.0**9).int(), normal)
 
 
+def _octaves(count: int, offset: float, signed: bool) -> Code:
+    """`count` powers of two, the last from 1 to 2, less an offset."""
+    base = (128 - count) << 23
+
+    def bits(y: Tensor) -> Tensor:
+        return (y + offset).clamp(min=2.0 ** (1 - count)).view(torch.int32) - base
+
+    return Code(
+        torch.uint8 if signed else torch.int8, 8 * count - 1, 1.875 - offset, signed,
+        lambda c: ((c.to(torch.int32) << 20) + base).view(torch.float32) - offset,
+        lambda y: bits(y) >> 20, bits, 0 if signed else 128,
+    )  # fmt: skip
+
+
 _FP8 = torch.float8_e4m3fn
 CODES = {
-    ("int8", 0): Code(
-        torch.int8, 127, 127.0**2, True, lambda c: c.float() ** 2, lambda y: y.sqrt().int()
-    ),
-    ("int8", 1): Code(
-        torch.uint8,
-        255,
-        255.0**4,
-        False,
-        lambda c: (c.float() ** 2) ** 2,
-        lambda y: y.sqrt().sqrt().int(),
-    ),
+    ("int8", 0): _octaves(16, 2.0**-15, True),
+    ("int8", 1): _octaves(32, 0.0, False),
     ("fp8", 0): Code(_FP8, 126, 448.0, True, _e4m3, _floor_e4m3),
     ("fp8", 1): Code(
         _FP8, 126, 448.0**2, False, lambda c: _e4m3(c) ** 2, lambda y: _floor_e4m3(y.sqrt())
     ),
 }
+
+
+def _first_int8(codes: Tensor, units: Tensor) -> Tensor:
+    c = codes.float()
+    return c * c.abs() / 127.0**2 * units
+
+
+def _first_uint8(codes: Tensor, units: Tensor) -> Tensor:
+    return (codes.float() / 255.0) ** 4 * units
+
+
+OLD = {(torch.int8, 0): _first_int8, (torch.uint8, 1): _first_uint8}  # by dtype and place
 
 
 def scales_of(elements: int) -> int:
@@ -124,7 +154,12 @@ def mixed(x: int) -> int:
 
 def key_of(seed: int, number: int, time: int) -> int:
     """The key of a tensor's random numbers in a step."""
-    return mixed((mixed((seed + _GOLDEN * number) & _MASK) + time) & _MASK)
+    return mixed((mixed_key(seed, number) + time) & _MASK)
+
+
+def mixed_key(seed: int, number: int) -> int:
+    """The part of a key that steps do not change."""
+    return mixed((seed + GOLDEN * number) & _MASK)
 
 
 def random_bits(key: int, elements: int, device: torch.device, signed: bool = True) -> Tensor:
@@ -134,13 +169,13 @@ def random_bits(key: int, elements: int, device: torch.device, signed: bool = Tr
     and unsigned codes have different ones.
     """
     group = torch.arange(-(-elements // DEALT), device=device)
-    base = _mixed((group & _MASK) * _GOLDEN + _mixed(group >> 32) + key)
-    deal = _mixed(torch.arange(DEALT, device=device) * _GOLDEN)
-    bits = (base if signed else _mixed(base))[:, None] ^ deal
+    base = mixed_all((group & _MASK) * GOLDEN + mixed_all(group >> 32) + key)
+    deal = mixed_all(torch.arange(DEALT, device=device) * GOLDEN)
+    bits = (base if signed else mixed_all(base))[:, None] ^ deal
     return (bits & 0x7FFFFF).flatten()[:elements]
 
 
-def _mixed(x: Tensor) -> Tensor:
+def mixed_all(x: Tensor) -> Tensor:
     """mixed() of many numbers."""
     x = x & _MASK
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
@@ -151,14 +186,24 @@ def _mixed(x: Tensor) -> Tensor:
 def decode(codes: Tensor, scales: Tensor, code: Code) -> Tensor:
     """float32 values [n] of flat codes [n]."""
     raw = codes.view(torch.uint8).int()
-    size = raw
-    if code.signed and code.dtype == torch.int8:
-        size = torch.where(raw > 127, 256 - raw, raw)
-    elif code.signed:
-        size = raw & 127
-    units = scales.float() * (1.0 / code.unit)
-    value = code.value(size) * units.repeat_interleave(BLOCK)[: raw.numel()]
+    size = raw & 127 if code.signed else raw ^ code.flip
+    value = code.value(size) * _spread(scales.float() * (1.0 / code.unit), raw.numel())
     return torch.where(raw > 127, -value, value) if code.signed else value
+
+
+def decode_saved(codes: Tensor, scales: Tensor, place: int) -> Tensor:
+    """The same of any codes that a checkpoint may have for a tensor's state number `place`."""
+    if (codes.dtype, place) in OLD:
+        return OLD[codes.dtype, place](codes, _spread(scales.float(), codes.numel()))
+    for code in CODES.values():
+        if code.dtype == codes.dtype and code.signed == (place == 0):
+            return decode(codes, scales, code)
+    raise ValueError(f"state {place}: expected 8-bit codes, found {codes.dtype}")
+
+
+def _spread(scales: Tensor, n: int) -> Tensor:
+    """Each element's scale."""
+    return scales.repeat_interleave(BLOCK)[:n]
 
 
 def encode(x: Tensor, code: Code, key: int) -> tuple[Tensor, Tensor]:
@@ -173,21 +218,24 @@ def encode(x: Tensor, code: Code, key: int) -> tuple[Tensor, Tensor]:
     # a little short of the unit: rounding never takes the largest past the last code
     factor = torch.where(usable, code.unit * (1 - 2.0**-22) / scales, 0.0)
     y = torch.where(usable[:, None], padded.abs() * factor[:, None], 0.0)
-    y = y.flatten()[:n]
+    made = _rounded(y.flatten()[:n], code, key).clamp(max=code.most)
+    if code.signed:
+        made = torch.where(x.signbit(), made | 128, made)
+    elif code.bits is None:
+        made = made.maximum(usable.repeat_interleave(BLOCK)[:n])
+    return (made ^ code.flip).to(torch.uint8).view(code.dtype), scales
+
+
+def _rounded(y: Tensor, code: Code, key: int) -> Tensor:
+    """The codes of numbers, up or down at random."""
+    random = random_bits(key, y.numel(), y.device, code.signed) if key else None
+    if code.bits is not None:
+        more = 1 << 19 if random is None else (random & 0xFFFFF).int()
+        return (code.bits(y) + more) >> 20
     low = code.low(y)
     below, above = code.value(low), code.value(low + 1)
-    if key:
-        share = random_bits(key, n, x.device, code.signed).float() * 2.0**-23
-    else:
-        share = torch.full_like(y, 0.5)
-    made = (low + (share * (above - below) < y - below).int()).clamp(max=code.most)
-    if not code.signed:
-        made = made.maximum(usable.repeat_interleave(BLOCK)[:n])
-    elif code.dtype == torch.int8:
-        made = torch.where(x.signbit(), -made, made) & 255
-    else:
-        made = torch.where(x.signbit(), made | 128, made)
-    return made.to(torch.uint8).view(code.dtype), scales
+    share = torch.full_like(y, 0.5) if random is None else random.float() * 2.0**-23
+    return low + (share * (above - below) < y - below).int()
 
 
 def round_bf16(x: Tensor, key: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastllm.core.op import OPS
-from fastllm.swap import attention, classes, mlp_probe, rewrite, rotary
+from fastllm.swap import attention, classes, experts, mlp_probe, rewrite, rotary
 from fastllm.swap.activations import activation_of
 from fastllm.swap.classes import Recipe
 from fastllm.swap.recompile import Unfusable
@@ -42,6 +42,7 @@ class Finder:
         kinds: tuple[Callable[[str, Any], Found], ...] = (
             self.adds,
             self.mlp,
+            self.experts,
             self.attention,
             self.rotary,
         )
@@ -106,6 +107,23 @@ class Finder:
         row.reason = _lacking(recipe.ops(), self.backend) or ""
         row.new = f"fastllm {recipe.describe()}"
         return recipe, row
+
+    def experts(self, path: str, module: nn.Module) -> Found:
+        """The experts of a mixture in a Hugging Face model."""
+        if module not in self.allowed or not experts.looks_like_experts(module):
+            return None
+        row = Row(path, type(module).__name__, kind="mixture of experts")
+        acts = tuple(map(activation_of, module._modules.values()))
+        key = ("experts", classes.original(module), acts)
+        if key not in self.known:
+            self.known[key] = experts.identify(module, self.backend)
+        found = self.known[key]
+        if isinstance(found, str):
+            row.reason = f"experts not grouped: {found}"
+            return None, row
+        row.reason = _lacking(experts.OPS, self.backend) or ""
+        row.new = f"fastllm grouped_linear, {found.activation}(gate) * up"
+        return found, row
 
     def attention(self, path: str, module: nn.Module) -> Found:
         """The attention function that a Hugging Face module looks up, and the rotation with it."""

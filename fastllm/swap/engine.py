@@ -14,6 +14,7 @@ from fastllm.swap import classes, rules, tuning, winners
 from fastllm.swap import fused_loss as losses
 from fastllm.swap.attention import Attention
 from fastllm.swap.blocks import Finder
+from fastllm.swap.experts import Experts
 from fastllm.swap.handle import Handle
 from fastllm.swap.mlp import MLP
 from fastllm.swap.report import Report, Row
@@ -177,7 +178,7 @@ def _fuse(
     finder = Finder(set(handle.modules.values()), allowed - barred, backend)
     blocks: dict[nn.Module, Row] = {}
     for module, (path, *_) in paths.items():
-        taken = isinstance(classes.recipe_of(module), Attention | MLP | Rotary)
+        taken = isinstance(classes.recipe_of(module), Attention | Experts | MLP | Rotary)
         if module in barred or module in finder.swapped or taken:
             continue
         for recipe, row in finder.find(path, module):

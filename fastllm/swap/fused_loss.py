@@ -2,7 +2,8 @@
 
 The model's forward is its own. While it runs with labels, its head answers with LazyLogits, and its
 loss_function, given these, computes the loss from the hidden states. Whatever is unusual (a loss
-of the user's own, a head that is sharded or wrapped, torch.compile) takes the stock path.
+of the user's own, a head that is sharded or that heads.py does not know, torch.compile) takes the
+stock path.
 """
 
 import functools
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllm import functional as fast
-from fastllm.nn.linear import Linear
-from fastllm.swap import classes
-from fastllm.swap.lazy import LazyLogits, plain, scale_and_cap
+from fastllm.swap import classes, heads
+from fastllm.swap.heads import Head
+from fastllm.swap.lazy import LazyLogits, Source, plain, scale_and_cap
 from fastllm.swap.report import Row
 
 
@@ -38,11 +39,16 @@ class FusedLoss:
         @functools.wraps(stock)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             labels = args[place] if place < len(args) else kwargs.get("labels")
-            head = None if labels is None or torch.compiler.is_compiling() else _head(self)
-            if head is None:
+            parts = None if labels is None or torch.compiler.is_compiling() else _parts(self)
+            if parts is None:
                 return stock(self, *args, **kwargs)
+            head = self.get_output_embeddings()
             own = head.forward
-            vars(head)["forward"] = lambda hidden: _lazy(head, own, hidden)
+
+            def lazily(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                return own(hidden, *args, **kwargs) if args or kwargs else _lazy(parts, own, hidden)
+
+            vars(head)["forward"] = lazily
             try:
                 return stock(self, *args, **kwargs)
             finally:
@@ -62,8 +68,8 @@ class FusedLoss:
 
 def find(path: str, module: nn.Module, backend: str | None) -> tuple[FusedLoss | None, Row] | None:
     """The recipe for a causal LM, or a row with the reason; None: it is no such model."""
-    if not hasattr(module, "get_output_embeddings") or not hasattr(module, "lm_head"):
-        return None
+    if not hasattr(type(module), "get_output_embeddings") or "lm_head" not in module._modules:
+        return None  # PEFT's wrappers pass on attributes of the model inside
     row = Row(path, type(module).__name__, kind="loss")
     row.reason = _why_not(module) or classes.unfit(module) or ""
     if row.reason:
@@ -81,18 +87,8 @@ def _why_not(module: Any) -> str | None:
         return "its loss is not transformers' ForCausalLMLoss"
     if "labels" not in _parameters(type(module).forward):
         return "its forward takes no labels"
-    return _why_not_head(module.get_output_embeddings())
-
-
-def _why_not_head(head: Any) -> str | None:
-    if not isinstance(head, nn.Linear) or type(head).forward not in _FORWARDS:
-        return f"its head is a {type(head).__name__}, not a plain Linear"
-    if "forward" in vars(head):
-        return "its head's forward was overridden on the instance"
-    return None
-
-
-_FORWARDS = (nn.Linear.forward, Linear.forward)
+    parts = heads.find(module.get_output_embeddings())
+    return parts if isinstance(parts, str) else None
 
 
 def _parameters(forward: Any) -> Any:
@@ -106,31 +102,31 @@ def _stock_loss() -> Any:
     return ForCausalLMLoss
 
 
-def _head(model: Any) -> Any:
-    """The head, where its logits may be left out; None: they may not."""
-    head = model.get_output_embeddings()
-    if _why_not_head(head) or torch.jit.is_tracing():
+def _parts(model: Any) -> Head | None:
+    """The head's, where its logits may be left out; None: they may not."""
+    parts = heads.find(model.get_output_embeddings())
+    if isinstance(parts, str) or torch.jit.is_tracing():
         return None
-    ours = all(p is None or plain(p) for p in (head.weight, head.bias))
-    return head if ours else None
+    return parts if all(map(plain, parts.tensors)) else None
 
 
-def _lazy(head: Any, own: Any, hidden: Tensor) -> Tensor:
-    """head(hidden), not yet."""
+def _lazy(parts: Head, own: Any, hidden: Tensor) -> Tensor:
+    """head(hidden), not yet; `own` is the head's forward."""
     dtype, kind = hidden.dtype, hidden.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    elif dtype != head.weight.dtype:
+    elif dtype != parts.linear.weight.dtype:
         return own(hidden)
     if not plain(hidden):
         return own(hidden)
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    dropped = parts.dropped(hidden)
 
     def compute() -> Tensor:
         with torch.autocast(kind, dtype=autocast[1], enabled=autocast[0]):
-            return own(hidden)
+            return own(hidden) if dropped is None else parts.logits(hidden, dropped)
 
-    return LazyLogits(hidden, head, compute, (), dtype)
+    return LazyLogits(hidden, Source(parts, dropped, compute), (), dtype)
 
 
 def _loss(
@@ -159,7 +155,7 @@ def _loss(
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    hidden, head = logits.hidden, logits.head
+    hidden, head = logits.hidden, logits.source.head.linear
     mean = num_items_in_batch is None
     loss = fast.linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -172,6 +168,7 @@ def _loss(
         softcap=steps[1],
         dtype=torch.promote_types(hidden.dtype, torch.float32),
         backend=backend,
+        **logits.source.head.loss_arguments(logits.source.dropped),
     )
     if mean:
         return loss

@@ -4,10 +4,12 @@ A training step that only wants its loss never does, and the fused loss needs no
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastllm.swap.heads import Head
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # what is known without computing: answered from the wrapper's own metadata
@@ -28,6 +30,18 @@ _KNOWN = {
 }
 
 
+class Source(NamedTuple):
+    """Where logits come from: the head, what its adapter reads (None: hidden), and its product."""
+
+    head: Head
+    dropped: Tensor | None
+    compute: Callable[[], Tensor]
+
+    def versions(self) -> list[int]:
+        """Of the parameters: what a write in place changes."""
+        return [p._version for p in self.head.tensors]
+
+
 class LazyLogits(Tensor):
     """head(hidden), then some steps, as a tensor that computes itself at its first real use.
 
@@ -37,42 +51,38 @@ class LazyLogits(Tensor):
     """
 
     hidden: Tensor
-    head: Any
+    source: Source
     steps: tuple[tuple[str, Any], ...]
-    compute: Callable[[], Tensor]
     grad_mode: bool
     value: Tensor | None
     versions: list[int]
 
     @staticmethod
-    def __new__(
-        cls, hidden: Tensor, head: Any, compute: Callable[[], Tensor], steps: tuple, dtype: Any
-    ) -> "LazyLogits":
-        shape = (*hidden.shape[:-1], head.weight.shape[0])
+    def __new__(cls, hidden: Tensor, source: Source, steps: tuple, dtype: Any) -> "LazyLogits":
+        shape = (*hidden.shape[:-1], source.head.linear.weight.shape[0])
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
-        made.hidden, made.head, made.compute, made.steps = hidden, head, compute, steps
+        made.hidden, made.source, made.steps = hidden, source, steps
         made.grad_mode, made.value = torch.is_grad_enabled(), None
-        made.versions = [p._version for p in (head.weight, head.bias) if p is not None]
+        made.versions = source.versions()
         return made
 
     def then(self, name: str, value: Any, dtype: torch.dtype) -> "LazyLogits":
         """The same with one more step."""
         steps = (*self.steps, (name, value))
-        made = LazyLogits(self.hidden, self.head, self.compute, steps, dtype)
+        made = LazyLogits(self.hidden, self.source, steps, dtype)
         made.grad_mode, made.versions = self.grad_mode, self.versions
         return made
 
     def computed(self) -> Tensor:
         """The logits themselves."""
         if self.value is None:
-            now = [p._version for p in (self.head.weight, self.head.bias) if p is not None]
-            if now != self.versions:
+            if self.source.versions() != self.versions:
                 raise RuntimeError(
                     "logits: the head's weight was changed since they were asked for; with "
                     "fused_loss, look at them before the optimizer's step"
                 )
             with torch._C.DisableTorchFunctionSubclass(), torch.set_grad_enabled(self.grad_mode):
-                value = self.compute()
+                value = self.source.compute()
                 for name, argument in self.steps:
                     value = _STEPS[name](value, argument)
             self.value = value
@@ -91,7 +101,7 @@ class LazyLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if own is not None and func is Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
-            wanted = any(t.requires_grad for t in (own.hidden, own.head.weight))
+            wanted = any(t.requires_grad for t in (own.hidden, *own.source.head.tensors))
             return own.grad_mode and wanted
         if own is not None and own.pending:
             step = _step(func, own, args[1:], kwargs)

@@ -6,7 +6,14 @@ from typing import Any
 
 COLUMNS = ("path", "from", "to", "backend", "error", "speed", "why left")
 MODULES = ("norm", "linear", "embedding", "activation", "attention")
-BLOCKS = ("residual addition", "MLP", "rotary embedding", "attention function", "loss")
+BLOCKS = (
+    "residual addition",
+    "MLP",
+    "mixture of experts",
+    "rotary embedding",
+    "attention function",
+    "loss",
+)
 
 
 @dataclass
@@ -112,4 +119,5 @@ class Report:
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+    first, *rest = noun.split(" of ")
+    return " of ".join([f"{number} {first}" + ("" if number == 1 else "s"), *rest])

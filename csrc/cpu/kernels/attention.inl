@@ -1,4 +1,4 @@
-// Fused attention: forward and backward.
+// Fused attention: forward, backward, and forward of few queries.
 #include "cpu/kernels/rows.inl"
 
 #include "cpu/kernels/gemm_pack.inl"
@@ -10,6 +10,8 @@
 #include "cpu/kernels/attention_scores.inl"
 
 #include "cpu/kernels/attention_forward.inl"
+
+#include "cpu/kernels/attention_decode.inl"
 
 #include "cpu/kernels/attention_gradients.inl"
 
@@ -31,6 +33,7 @@ INLINE void with_engine(int dtype, const F& call) {
 
 void forward(const Call& c) {
   if (c.b == 0 || c.h == 0 || c.t == 0) return;
+  if (decodes(c)) return run_decode(c);
   with_engine(c.dtype, [&](auto engine) { run_forward<decltype(engine)>(c); });
 }
 

@@ -2,60 +2,6 @@
 // the gradients of keys and values in memory of its own; these sums are added in a fixed order.
 
 template <class E>
-struct BackwardPlan {
-  using T = typename E::T;
-  static constexpr int C = E::kCols, kDeep = Traits<E>::kDeep;
-  static constexpr i64 kKeys = 128, kBlock = 4, kStrip = 16;  // keys of a tile; panels
-  static constexpr i64 kTasks = 32;                           // wanted, whatever the threads
-  static constexpr i64 kMostSums = 64 << 20;                  // floats, where there is a choice
-  Call c;
-  Grid grid;
-  i64 keys, tiles;
-  Left<E> k, v;
-  i64 rows;                // of a tile of scores
-  i64 k_panels, v_panels;  // columns of the gradients, C at a time
-  i64 strip, chunks, chunk;  // panels at a time; tasks for a key head; panels of a task
-  int threads;
-  BackwardPlan(const Call& call)
-      : c(call),
-        grid(c, C),
-        keys(most(1, least(kKeys, c.s))),
-        tiles(ceil_div(c.s, keys)),
-        k(keys, c.d, care_of(c)),
-        v(keys, c.dv, care_of(c)) {
-    rows = touched(k, keys);
-    k_panels = ceil_div(c.d, C);
-    v_panels = ceil_div(c.dv, C);
-    const i64 panels = grid.panels(), pairs = most(1, c.b * c.g);
-    strip = most(1, least(kStrip, panels));
-    chunks = least(ceil_div(panels, strip), ceil_div(kTasks, pairs));
-    chunks = most(1, least(chunks, kMostSums / most(1, pairs * sums_room())));
-    chunk = ceil_div(ceil_div(panels, strip), chunks) * strip;
-    chunks = most(1, ceil_div(panels, most(1, chunk)));
-    threads = int(most(1, least(c.threads, pairs * most(chunks, tiles))));
-  }
-  i64 tile_sums() const { return rows * C * (k_panels + v_panels); }
-  i64 sums_room() const { return tiles * tile_sums(); }
-  i64 copy_room() const {
-    return most(keys, C) * ceil_div(most(c.d, c.dv) * i64(sizeof(T)), 64) * 16;
-  }
-  i64 right_room() const { return (E::words(c.d) + E::words(c.dv)) * C; }
-  i64 across_room() const { return (k_panels + v_panels) * kDeep * C; }
-  i64 panel_room() const {
-    return i64(sizeof(Panel<C>)) / 4 + 8 * C + right_room() + across_room() +
-           k.turned_rows() * C;
-  }
-  i64 slot_room() const {
-    return strip * panel_room() + k.room() + k.turned_room() + v.room() +
-           2 * kBlock * rows * kDeep + (4 * rows + E::words(c.dv)) * C + copy_room();
-  }
-  // Where each task of a key head has sums of its own, all are kept until they are added.
-  i64 all_sums() const { return chunks > 1 ? c.b * c.g * chunks * sums_room() : 0; }
-  i64 own_sums() const { return chunks > 1 ? 0 : sums_room(); }
-  i64 room() const { return all_sums() + threads * (slot_room() + own_sums()) + 64; }
-};
-
-template <class E>
 struct Backward {
   using T = typename E::T;
   using Plan = BackwardPlan<E>;

@@ -217,7 +217,14 @@ INLINE Vec mask_values(int type, const char* p, int n) {
 template <int C>
 APART void turn_mask(const Call& c, const Panel<C>& p, i64 j0, i64 n, float* out) {
   const i64 size = mask_bytes(c.mask_type);
-  if (p.one_mask || c.mask_col != 1) {
+  if (p.one_mask) {
+    for (i64 r = 0; r < n; ++r) {
+      const Vec same = set1(mask_value(c.mask_type, p.mask[0] + (j0 + r) * c.mask_col * size));
+      for (int v = 0; v < C; v += W) store(out + r * C + v, same);
+    }
+    return;
+  }
+  if (c.mask_col != 1) {
     for (i64 r = 0; r < n; ++r)
       for (int l = 0; l < C; ++l)
         out[r * C + l] = l > 0 && p.mask[l] == p.mask[l - 1]

@@ -11,8 +11,8 @@ enum Kind : int { kAdam = 0, kSgd = 1, kLion = 2 };
 enum Store : int {
   kPlain = 0,       // float32
   kHalf = 1,        // bfloat16, rounded stochastically
-  kSignedRoot = 3,  // int8: x = c |c| / 127^2 * scale
-  kFourthRoot = 4,  // uint8: x = (c / 255)^4 * scale
+  kSignedOctaves = 3,  // uint8, a sign and 16 octaves of 8 steps: optim_codes.inl
+  kOctaves = 4,        // int8, 32 octaves of 8 steps
   kFp8 = 5,         // float8_e4m3fn: x = c / 448 * scale
   kFp8Square = 6,   // float8_e4m3fn: x = (c / 448)^2 * scale
 };

@@ -13,7 +13,7 @@ struct alignas(64) Room {
 
 // How far ahead lines are asked for: four or five streams at once are more than a core's own
 // prefetcher keeps up with, and it stops at each page.
-constexpr i64 kAhead = 1024;
+constexpr i64 kAhead = 1024, kLater = 4 * kRoom;
 
 // n values of any type as floats, with zeros up to the next whole vector.
 template <class T>
@@ -60,8 +60,8 @@ APART void encode(const float* x, uint8_t* codes, float* scales, i64 n, uint32_t
 
 template <class F>
 INLINE void with_code(int kept, const F& call) {
-  if (kept == kSignedRoot) call(SignedRoot{});
-  if (kept == kFourthRoot) call(FourthRoot{});
+  if (kept == kSignedOctaves) call(SignedOctaves{});
+  if (kept == kOctaves) call(Octaves{});
   if (kept == kFp8) call(Fp8{});
   if (kept == kFp8Square) call(Fp8Square{});
 }
@@ -83,11 +83,14 @@ INLINE void write_state(const Tensor& t, int k, i64 at, const float* x, i64 n) {
   });
 }
 
-struct Floating {
-  float* param;
-  const float* grad;
+// Parameters and gradients of a type, states in float32.
+template <class T>
+struct Held {
+  T* param;
+  const T* grad;
   float* state[3];
 };
+using Floating = Held<float>;
 
 // m / (sqrt(v) * unbias + eps).
 INLINE Vec over_root(Vec first, Vec second, Vec unbias, Vec eps) {
@@ -98,10 +101,11 @@ INLINE Vec over_root(Vec first, Vec second, Vec unbias, Vec eps) {
 }
 
 // m and v are the moving averages of g and g^2; p -= step * m / (sqrt(v) * root + eps).
-template <bool Decay, bool Max>
-APART void adam(const Floating& f, const Coefficients& c, i64 n) {
-  float *p = f.param, *m = f.state[0], *v = f.state[1], *most = f.state[2];
-  const float* g = f.grad;
+template <bool Decay, bool Max, class T>
+APART void adam(const Held<T>& f, const Coefficients& c, i64 n) {
+  T* p = f.param;
+  float *m = f.state[0], *v = f.state[1], *most = f.state[2];
+  const T* g = f.grad;
   const Vec scale = set1(c.grad), l2 = set1(c.l2), decay = set1(c.decay), mix1 = set1(c.mix1);
   const Vec keep2 = set1(c.keep2), mix2 = set1(c.mix2), unbias = set1(c.root), eps = set1(c.eps);
   const Vec step = set1(-c.step);
@@ -124,10 +128,11 @@ APART void adam(const Floating& f, const Coefficients& c, i64 n) {
   });
 }
 
-template <bool Decay, bool Momentum>
-APART void sgd(const Floating& f, const Coefficients& c, i64 n) {
-  float *p = f.param, *b = f.state[0];
-  const float* g = f.grad;
+template <bool Decay, bool Momentum, class T>
+APART void sgd(const Held<T>& f, const Coefficients& c, i64 n) {
+  T* p = f.param;
+  float* b = f.state[0];
+  const T* g = f.grad;
   const Vec scale = set1(c.grad), l2 = set1(c.l2), step = set1(-c.step);
   const Vec momentum = set1(c.momentum), damp = set1(c.damp), keep_part = set1(c.decay);
   sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
@@ -146,9 +151,11 @@ APART void sgd(const Floating& f, const Coefficients& c, i64 n) {
 }
 
 // p -= lr * sign(beta1 m + (1 - beta1) g), and m is the average of g with beta2.
-APART void lion(const Floating& f, const Coefficients& c, i64 n) {
-  float *p = f.param, *m = f.state[0];
-  const float* g = f.grad;
+template <class T>
+APART void lion(const Held<T>& f, const Coefficients& c, i64 n) {
+  T* p = f.param;
+  float* m = f.state[0];
+  const T* g = f.grad;
   const Vec scale = set1(c.grad), decay = set1(c.decay), mix1 = set1(c.mix1), mix2 = set1(c.mix2);
   const Vec step = set1(-c.step);
   sweep(n, [&](auto lanes, i64 i, int k) INLINE_LAMBDA {
@@ -164,7 +171,8 @@ APART void lion(const Floating& f, const Coefficients& c, i64 n) {
   });
 }
 
-INLINE void update(int kind, const Floating& f, const Coefficients& c, i64 n) {
+template <class T>
+INLINE void update(int kind, const Held<T>& f, const Coefficients& c, i64 n) {
   if (kind == kAdam) {
     if (f.state[2])
       c.l2 != 0.0f ? adam<true, true>(f, c, n) : adam<false, true>(f, c, n);
@@ -190,67 +198,82 @@ struct Coded {
 
 // adam() from codes to codes: a group of blocks is updated with its moments in the cache, and
 // encoded once their scales are known. n is a multiple of kScaled.
-template <class M, class V, bool Decay>
-APART void adam_coded(const Floating& f, const Coded& s, const Coefficients& c, i64 n) {
+template <class M, class V, bool Decay, class T>
+APART void adam_coded(const Held<T>& f, const Coded& s, const Coefficients& c, i64 n) {
   alignas(64) float first_room[kRoom], second_room[kRoom];
+  static_assert(kRoom == kDealt, "a group's numbers are dealt together");
   const Vec grad_scale = set1(c.grad), l2 = set1(c.l2), decay = set1(c.decay), mix1 = set1(c.mix1);
   const Vec mix2 = set1(c.mix2), unbias = set1(c.root), eps = set1(c.eps);
   const Vec step = set1(-c.step);
+  const float keep1 = (1.0f - c.mix1) * (1.0f / M::kUnit), keep2 = c.keep2 * (1.0f / V::kUnit);
+  float *scale1 = s.scale[0], *scale2 = s.scale[1];
   for (i64 group = 0; group < n; group += kRoom) {
-    const i64 end = least(n, group + kRoom);
-    for (i64 block = group; block < end; block += kScaled) {
-      float* scales[2] = {s.scale[0] + block / kScaled, s.scale[1] + block / kScaled};
-      const Vec unit1 = set1(*scales[0] * (1.0f / M::kUnit) * (1.0f - c.mix1));
-      const Vec unit2 = set1(*scales[1] * (1.0f / V::kUnit) * c.keep2);
+    const i64 size = least(n - group, kRoom);
+    T* p = f.param + group;
+    const T* g = f.grad + group;
+    uint8_t *code1 = s.code[0] + group, *code2 = s.code[1] + group;
+    for (i64 block = 0; block < size; block += kScaled) {
+      const i64 at = (group + block) / kScaled;
+      const Vec unit1 = set1(scale1[at] * keep1), unit2 = set1(scale2[at] * keep2);
       Words top1 = words(0), top2 = words(0);
       for (i64 i = block; i < block + kScaled; i += W) {
-        Vec param = load(f.param + i), grad = load(f.grad + i) * grad_scale;
+        Vec param = load(p + i), grad = load(g + i) * grad_scale;
         if (Decay) grad = fma(l2, param, grad);
-        const Vec first = fma(M::get(s.code[0] + i), unit1, grad * mix1);
-        const Vec second = fma(grad * grad, mix2, V::get(s.code[1] + i) * unit2);
-        store(first_room + (i - group), first);
-        store(second_room + (i - group), second);
+        const Vec first = fma(M::get(code1 + i), unit1, grad * mix1);
+        const Vec second = fma(grad * grad, mix2, V::get(code2 + i) * unit2);
+        store(first_room + i, first);
+        store(second_room + i, second);
         top1 = larger_bits(top1, magnitude(first));
         top2 = larger_bits(top2, (Words)second.v);
         const Vec size = fma(rough_root(second), unbias, eps);
-        store(f.param + i, fma(step, first * rough_inverse(size), param * decay));
+        store(p + i, fma(step, first * rough_inverse(size), param * decay));
       }
-      *scales[0] = scale_of<M>(top1);
-      *scales[1] = scale_of<V>(top2);
+      scale1[at] = scale_of<M>(top1);
+      scale2[at] = scale_of<V>(top2);
     }
-    for (i64 block = group; block < end; block += kScaled) {
-      const Coder<M> one(s.scale[0][block / kScaled]);
-      const Coder<V> two(s.scale[1][block / kScaled]);
-      Random random(s.key, s.at + block);
+    Random random(s.key, s.at + group);
+    for (i64 block = 0; block < size; block += kScaled) {
+      const i64 at = (group + block) / kScaled;
+      const Coder<M> one(scale1[at]);
+      const Coder<V> two(scale2[at]);
       for (i64 i = block; i < block + kScaled; i += W, random.skip()) {
         // memory is idle here: lines of a later group come while this one is encoded
-        __builtin_prefetch(f.param + i + 2 * kRoom, 1);
-        __builtin_prefetch(f.grad + i + 2 * kRoom);
-        const Words m = one.code(load(first_room + (i - group)), random);
-        store_bytes(s.code[0] + i, (Lane32)m);
-        const Words v = two.code(load(second_room + (i - group)), random);
-        store_bytes(s.code[1] + i, (Lane32)v);
+        prefetch(p + i, kLater, int(i / W % 4));
+        prefetch(g + i, kLater, int(i / W % 4));
+        if (i % 64 == 0) prefetch(code1 + i, kLater, 0), prefetch(code2 + i, kLater, 0);
+        const Words m = one.code(load(first_room + i), random);
+        const Words v = two.code(load(second_room + i), random);
+        store_bytes(code1 + i, (Lane32)m);
+        store_bytes(code2 + i, (Lane32)v);
       }
     }
   }
 }
 
-template <class M, class V>
-INLINE void adam_coded(const Floating& f, const Coded& s, const Coefficients& c, i64 n) {
+template <class M, class V, class T>
+INLINE void adam_coded(const Held<T>& f, const Coded& s, const Coefficients& c, i64 n) {
   c.l2 != 0.0f ? adam_coded<M, V, true>(f, s, c, n) : adam_coded<M, V, false>(f, s, c, n);
 }
 
-// The whole blocks of Adam's first n elements at `at`, where both moments are 8-bit codes; returns
-// how many elements that were.
-INLINE i64 update_coded(int kind, const Tensor& t, const Floating& f, i64 at, i64 n) {
-  const bool int8 = t.store[0] == kSignedRoot && t.store[1] == kFourthRoot;
-  const bool fp8 = t.store[0] == kFp8 && t.store[1] == kFp8Square;
+INLINE bool both(const Tensor& t, int first, int second) {
+  return t.store[0] == first && t.store[1] == second;
+}
+// Whether whole blocks go from codes to codes.
+INLINE bool coded(int kind, const Tensor& t) {
+  return kind == kAdam && !t.state[2] &&
+         (both(t, kSignedOctaves, kOctaves) || both(t, kFp8, kFp8Square));
+}
+
+// The whole blocks of the first n elements at `at`, where a tensor is coded(); returns how many
+// elements that were.
+template <class T>
+INLINE i64 update_coded(const Tensor& t, const Held<T>& f, i64 at, i64 n) {
   n = n / kScaled * kScaled;
-  if (kind != kAdam || t.state[2] || !(int8 || fp8) || n == 0) return 0;
+  if (n == 0) return 0;
   const Coded s = {{static_cast<uint8_t*>(t.state[0]) + at, static_cast<uint8_t*>(t.state[1]) + at},
                    {t.scale[0] + at / kScaled, t.scale[1] + at / kScaled}, t.key, at};
-  int8 ? adam_coded<SignedRoot, FourthRoot>(f, s, *t.use, n)
-       : adam_coded<Fp8, Fp8Square>(f, s, *t.use, n);
+  t.store[0] == kSignedOctaves ? adam_coded<SignedOctaves, Octaves>(f, s, *t.use, n)
+                               : adam_coded<Fp8, Fp8Square>(f, s, *t.use, n);
   return n;
 }
 
@@ -266,16 +289,32 @@ INLINE void update_decoded(int kind, const Tensor& t, Floating f, i64 at, i64 n,
     if (t.state[k] && t.store[k] != kPlain) write_state(t, k, at, f.state[k], n);
 }
 
-// The elements [from, to) of a tensor; from is a multiple of kRoom. What lies in memory as float32
-// is updated there, the rest passes through the room.
+// As much of n elements at `at` as needs no room: parameters and gradients of one type, states in
+// float32 or coded(). Returns how many elements that were.
+template <class T>
+INLINE i64 update_in_place(int kind, const Tensor& t, i64 at, i64 n) {
+  Held<T> f{static_cast<T*>(t.param) + at, static_cast<const T*>(t.grad) + at, {}};
+  if (coded(kind, t)) return update_coded(t, f, at, n);
+  for (int k = 0; k < 3; ++k) {
+    if (t.state[k] && t.store[k] != kPlain) return 0;
+    f.state[k] = t.state[k] ? static_cast<float*>(t.state[k]) + at : nullptr;
+  }
+  update(kind, f, *t.use, n);
+  return n;
+}
+
+// The elements [from, to) of a tensor; from is a multiple of kRoom. What cannot be updated in memory
+// passes through the room.
 INLINE void piece(int kind, const Tensor& t, i64 from, i64 to) {
+  if (!t.master && !t.stochastic && t.param_type == t.grad_type) {
+    with_type(t.param_type, [&](auto* type) {
+      from += update_in_place<std::remove_pointer_t<decltype(type)>>(kind, t, from, to - from);
+    });
+  }
+  if (from == to) return;
   Room room;
-  bool direct = (t.master || t.param_type == kFloat32) && t.grad_type == kFloat32;
-  for (int k = 0; k < 3; ++k) direct = direct && (!t.state[k] || t.store[k] == kPlain);
-  const bool round = t.master || t.param_type != kFloat32;
-  const i64 width = direct && !round ? to - from : kRoom;
-  for (i64 at = from; at < to; at += width) {
-    const i64 n = least(width, to - at);
+  for (i64 at = from; at < to; at += kRoom) {
+    const i64 n = least(kRoom, to - at);
     Floating f{};
     f.param = t.master ? t.master + at : static_cast<float*>(t.param) + at;
     if (!t.master && t.param_type != kFloat32)
@@ -285,10 +324,10 @@ INLINE void piece(int kind, const Tensor& t, i64 from, i64 to) {
       read_as(t.grad_type, t.grad, at, room.grad, n);
       f.grad = room.grad;
     }
-    const i64 done = update_coded(kind, t, f, at, n);
+    const i64 done = coded(kind, t) ? update_coded(t, f, at, n) : 0;
     const Floating rest = {f.param + done, f.grad + done, {}};
     if (done < n) update_decoded(kind, t, rest, at + done, n - done, room);
-    if (!round) continue;
+    if (!t.master && t.param_type == kFloat32) continue;
     if (t.stochastic)
       round_stochastic(static_cast<bf16*>(t.param) + at, f.param, n, mixed(t.key), at);
     else

@@ -29,10 +29,13 @@ INLINE uint32_t mixed(uint32_t x) {
 // the fraction of a float from 1 to 2.
 constexpr i64 kDealt = 4 * kScaled;
 constexpr uint32_t kGolden = 0x9e3779b9u, kFraction = 0x7fffffu, kOne = 0x3f800000u;
+constexpr uint32_t kBelow = 0xfffffu;  // the bits of a float's fraction below the first three
+// In a byte that begins at bit 20, adding this takes 0x38000000 away: the smallest of Octaves.
+constexpr uint32_t kLeast = 0x08000000u;
 struct alignas(64) Dealt {
   uint32_t at[kDealt];
 };
-constexpr Dealt deal() {
+constexpr Dealt deal(uint32_t mask, uint32_t more) {
   Dealt out{};
   for (uint32_t i = 0; i < kDealt; ++i) {
     uint32_t x = i * kGolden;
@@ -40,23 +43,25 @@ constexpr Dealt deal() {
     x *= 0x21f0aaadu;
     x ^= x >> 15;
     x *= 0x735a2d97u;
-    out.at[i] = ((x ^ (x >> 15)) & kFraction) | kOne;
+    out.at[i] = ((x ^ (x >> 15)) & mask) | more;
   }
   return out;
 }
-constexpr Dealt kDeal = deal();
+constexpr Dealt kDeal = deal(kFraction, kOne), kDealBelow = deal(kBelow, 0);
 
 // From element `at` on, to the end of its group; signed and unsigned codes have bits of their own.
 struct Random {
-  Words group[2];
-  const uint32_t* next;
+  Words group[2], group_below[2];
+  const uint32_t *next, *next_below;
 
   INLINE_MEMBER Random(uint32_t key, i64 at) {
     const uint64_t number = uint64_t(at / kDealt);
     const uint32_t one = mixed(uint32_t(number) * kGolden + mixed(uint32_t(number >> 32)) + key);
-    group[0] = words(one & kFraction);
-    group[1] = words(mixed(one) & kFraction);
+    const uint32_t two = mixed(one);
+    group[0] = words(one & kFraction), group[1] = words(two & kFraction);
+    group_below[0] = words(one & kBelow), group_below[1] = words((two & kBelow) | kLeast);
     next = kDeal.at + at % kDealt;
+    next_below = kDealBelow.at + at % kDealt;
   }
   template <bool Signed>
   INLINE_MEMBER Words bits() const {
@@ -64,49 +69,58 @@ struct Random {
     __builtin_memcpy(&x, next, sizeof(x));
     return x ^ group[!Signed];
   }
+  // The lower 20 of the bits; above them zeros, or for unsigned codes kLeast.
+  template <bool Signed>
+  INLINE_MEMBER Words below() const {
+    Words x;
+    __builtin_memcpy(&x, next_below, sizeof(x));
+    return x ^ group_below[!Signed];
+  }
   // The bits as a number in [0, 1).
   template <bool Signed>
   INLINE_MEMBER Vec share() const {
     return Vec{(Floats)bits<Signed>()} - set1(1.0f);
   }
-  INLINE_MEMBER void skip() { next += W; }
+  INLINE_MEMBER void skip() { next += W, next_below += W; }
 };
 INLINE Words above_or(Words low, Vec threshold, Vec y) {
   return threshold.v < y.v ? low + 1u : low;
 }
 
-// Each code: numbers in units of scale / kUnit. get(bytes) are the numbers of W codes; put(v, y, u) is the code
-// of v, whose magnitude is y, up or down as u in [0, 1) has it, in proportion to the distances, so
-// that the mean of what is decoded is v. A rough root may pick the neighbour of the code next below y;
-// the comparison with value + share * gap then still decides rightly. What is not finite takes any
-// code, for the scale makes it NaN or inf.
-struct SignedRoot {
-  static constexpr float kUnit = 16129.0f;
-  static constexpr bool kSigned = true;
-  INLINE_MEMBER static Words put(Vec v, Vec y, Vec u) {
-    const Words low = to_int(rough_root(y));
-    const Vec z = from_int(low);
-    // z^2 + u (2 z + 1)
-    const Ints code = (Ints)above_or(low, fma(z, fma(set1(2.0f), u, z), u), y);
-    return (Words)((Ints)v.v < 0 ? -code : code);
+// Each code: numbers in units of scale / kUnit. get(bytes) are the numbers of W codes; put(v, factor,
+// random) is the code of v, whose number is v factor, up or down in proportion to the distances, so
+// that the mean of what is decoded is v. What is not finite takes any code, for the scale makes it
+// NaN or inf. kZero: a second moment has to be kept from code 0.
+
+// Octaves: each power of two has 8 codes, as a float with three bits of fraction has. Adding random
+// bits to a float's own, below those that are kept, is the whole of the rounding. Signed: a sign and
+// 16 octaves of the magnitude + 2^-15, which makes zero a code and small numbers evenly spaced.
+struct SignedOctaves {
+  static constexpr float kOffset = 0x1p-15f, kUnit = 1.875f - kOffset;
+  static constexpr bool kZero = false;
+  INLINE_MEMBER static Vec offset(Vec like) {
+    return {(Floats)(((Words)like.v & 0x80000000u) | 0x38000000u)};
+  }
+  INLINE_MEMBER static Words put(Vec v, Vec factor, const Random& random) {
+    const Words x = (Words)fma(v, factor, offset(v)).v + random.below<true>();
+    return (x >> 20 & 0x7fu) | (x >> 24 & 0x80u);
   }
   INLINE_MEMBER static Vec get(const uint8_t* codes) {
-    const Vec z = from_int((Words)load_signed_bytes(codes));
-    return z * Vec{(Floats)magnitude(z)};
+    const Words byte = (Words)load_signed_bytes(codes);
+    const Vec x = {(Floats)((byte << 20 & 0x87f00000u) | 0x38000000u)};
+    return x - offset(x);
   }
 };
-struct FourthRoot {
-  static constexpr float kUnit = 4228250625.0f;
-  static constexpr bool kSigned = false;
-  INLINE_MEMBER static Words put(Vec, Vec y, Vec u) {
-    const Words low = to_int(rough_fourth_root(y));
-    const Vec two = set1(2.0f), z = from_int(low), s = z * z, d = fma(two, z, set1(1.0f));
-    // z^4 + u ((z + 1)^4 - z^4), with the difference as (2 z + 1) (2 z^2 + 2 z + 1)
-    return above_or(low, fma(u * d, fma(two, s, d), s * s), y);
+// Unsigned: 32 octaves below the largest, counted from -128, and no zero.
+struct Octaves {
+  static constexpr float kUnit = 1.875f;
+  static constexpr bool kZero = false;
+  INLINE_MEMBER static Words put(Vec v, Vec factor, const Random& random) {
+    const Vec y = at_least(v * factor, set1(0x1p-31f));
+    return ((Words)y.v + random.below<false>()) >> 20;
   }
   INLINE_MEMBER static Vec get(const uint8_t* codes) {
-    const Vec z = from_int((Words)load_bytes(codes)), s = z * z;
-    return s * s;
+    return {(Floats)(((Words)load_signed_bytes(codes) << 20) + 0x38000000u)};
   }
 };
 // e4m3: 4 exponent bits with bias 7, 3 bits of mantissa, 448 the largest.
@@ -121,8 +135,9 @@ INLINE Words floor_e4m3(Vec a) {
 }
 struct Fp8 {
   static constexpr float kUnit = 448.0f;
-  static constexpr bool kSigned = true;
-  INLINE_MEMBER static Words put(Vec v, Vec y, Vec u) {
+  static constexpr bool kZero = false;
+  INLINE_MEMBER static Words put(Vec v, Vec factor, const Random& random) {
+    const Vec y = Vec{(Floats)magnitude(v)} * factor, u = random.share<true>();
     const Words low = floor_e4m3(y);
     const Vec value = from_e4m3(low), gap = from_e4m3(low + 1u) - value;
     const Words code = above_or(low, fma(u, gap, value), y);
@@ -135,8 +150,11 @@ struct Fp8 {
 };
 struct Fp8Square {
   static constexpr float kUnit = 448.0f * 448.0f;
-  static constexpr bool kSigned = false;
-  INLINE_MEMBER static Words put(Vec, Vec y, Vec u) {
+  static constexpr bool kZero = true;
+  // A rough root may pick the neighbour of the code next below y; the comparison with value + share *
+  // gap then still decides rightly.
+  INLINE_MEMBER static Words put(Vec v, Vec factor, const Random& random) {
+    const Vec y = v * factor, u = random.share<false>();
     const Words low = floor_e4m3(rough_root(y));
     const Vec z = from_e4m3(low), t = from_e4m3(low + 1u), value = z * z;
     return above_or(low, fma(u, t * t - value, value), y);
@@ -186,18 +204,16 @@ INLINE float scale_of(const float* x, i64 n) {
 template <class C>
 struct Coder {
   Vec factor;
-  Words least_code;
+  Words least_code;  // no second moment next to a larger one is zero: steps would be endless
 
   INLINE_MEMBER explicit Coder(float scale) {
     const bool usable = scale > 0.0f && scale < __builtin_inff();
     factor = set1(usable ? C::kUnit * (1.0f - 0x1p-22f) / scale : 0.0f);
-    // no second moment next to a larger one is zero: that would make a step endless
-    least_code = words(usable && !C::kSigned ? 1u : 0u);
+    least_code = words(usable ? 1u : 0u);
   }
   INLINE_MEMBER Words code(Vec v, const Random& random) const {
-    const Vec size = C::kSigned ? Vec{(Floats)magnitude(v)} : v;
-    const Words made = C::put(v, size * factor, random.share<C::kSigned>());
-    return C::kSigned ? made : larger_bits(made, least_code);
+    const Words made = C::put(v, factor, random);
+    return C::kZero ? larger_bits(made, least_code) : made;
   }
 };
 

@@ -2,9 +2,9 @@
 
     python -m fastllm.cli.demo.lean --out curves.png
 
-Stock is float32 with torch's AdamW. Lean is autocast (bfloat16, or float16 with dynamic loss
-scaling), gradients accumulated over micro-batches, clipping in the step and AdamW with 8-bit
-states. Both see the same batches.
+Stock is float32 with torch's AdamW. Lean is the swapped model, autocast (bfloat16, or float16 with
+dynamic loss scaling), gradients accumulated over micro-batches, clipping in the step and AdamW with
+8-bit states. Both see the same batches.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import torch
 from fastllm.cli.console import write_atomically
 from fastllm.cli.demo.llama import QUICK, Size, batch_of, build
 from fastllm.optim import AdamW, GradScaler
+from fastllm.swap.engine import swap_model as swap
 
 STOCK, LEAN = "float32", "lean"
 OPTIONS: dict[str, Any] = {"lr": 2e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -50,6 +51,8 @@ class Run:
         self.size, self.device, self.seed, self.dtype = size, device, seed, dtype
         self.lean, self.parts = lean, parts if lean else 1
         self.model = build(size, seed).to(device).train()
+        if lean:
+            swap(self.model)
         params = self.model.parameters()
         scaled = lean and dtype == torch.float16
         self.scaler = GradScaler(torch.device(device).type, enabled=scaled)

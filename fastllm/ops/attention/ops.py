@@ -23,36 +23,52 @@ KERNELS: tuple[dict[str, Backend], ...] = (cpu.BACKENDS, triton.BACKENDS)
 
 # products of the scores, from which the kernels win back what a call from Python costs
 SMALL = 1 << 23
-# queries that share a key head, up to which torch reads the keys faster
-FEW = 16
-# keys, from which the kernels are at their best: of float32, of 16 bits with a mask
+# queries that share a key head, up to which keys are read where they lie (attention_decode.inl);
+# the numbers in the keys, from which that wins back the call; and queries without a group to share
+# the keys with, up to which it does
+FEW, READ, ALONE = 16, 1 << 20, 8
+# keys, from which the kernels win: of float32 on one thread, where torch's product is as fast; of
+# bfloat16 with an additive mask that has a row for each query, which is turned before it is added
 LONG, LONG_MASKED = 512, 1024
 
 
 def _stock_first(training: bool, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> bool:
-    """What torch's own kernel takes as it is, where that was measured to be faster on CPUs."""
+    """What torch's own kernel takes as it is, where that was measured to be faster on CPUs.
+
+    Heads of 16 to 256, lengths of 128 to 1024, with and without masks: a training step wins from
+    SMALL on at all of them (1.4x to 3x), the forward pass but for what is named here.
+    """
     mask, slopes, sinks, _, p, _, left, right, diagonal, cap = rest
     if not query.is_cpu or slopes is not None or sinks is not None or p or cap:
         return False
     if left >= 0 or right > 0 or (right == 0 and diagonal):
         return False
     s = key.shape[2]
+    if not training and _few(query, key):
+        return key.numel() < READ or _crowd(query, key)
     if query.numel() * s < SMALL:
         return True
     if training:
         return False
-    if query.dtype != torch.float32:
-        return _few(query, key) or (mask is not None and s < LONG_MASKED)
-    slow = mask is not None or query.shape[3] < 64 or torch.get_num_threads() == 1
-    return _few(query, key) or (slow and s < LONG)
+    if query.dtype == torch.float32:
+        return s < LONG and torch.get_num_threads() == 1
+    added = mask is not None and mask.dtype != torch.bool and mask.shape[2] != 1
+    return query.dtype == torch.bfloat16 and added and s < LONG_MASKED
 
 
-def _cache_stock_first(training: bool, query: Tensor, key: Tensor, *_: Any) -> bool:
-    return query.is_cpu and _few(query, key)
+def _cache_stock_first(training: bool, query: Tensor, key: Tensor, *rest: Any) -> bool:
+    """Of keys in one piece; what lies in pages, torch would have to gather."""
+    paged = rest[2] is not None
+    return query.is_cpu and not paged and _few(query, key) and _crowd(query, key)
 
 
 def _few(query: Tensor, key: Tensor) -> bool:
     return query.shape[2] * (query.shape[1] // max(1, key.shape[1])) <= FEW
+
+
+def _crowd(query: Tensor, key: Tensor) -> bool:
+    """More queries than share the read of a key, where no group of heads does."""
+    return query.shape[1] == key.shape[1] and query.shape[2] > ALONE
 
 
 def _without_lse(backend: Backend) -> Backend:

@@ -1,10 +1,9 @@
 """grouped_linear: the linear layers of a mixture of experts in one call, forward and backward."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from fastllm.core.autocast import cast, casting
 from fastllm.core.dispatch import define
 from fastllm.ops.grouped import cpu, reference, spec, stock, triton
 from fastllm.ops.grouped.cases import cases
@@ -48,16 +47,8 @@ def grouped_linear(
     an expert without rows. Raises ValueError or TypeError for arguments that do not fit,
     fastllm.UnsupportedError when `backend` cannot serve the call.
     """
-    kind = input.device.type if isinstance(input, Tensor) else "cpu"
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        input, weights, bias = (_cast(t, dtype) for t in (input, weights, bias))
+    kind = casting(input)
+    if kind is not None:
         with torch.autocast(kind, enabled=False):
-            return grouped_linear_op(input, weights, offsets, bias, backend=backend)
+            return grouped_linear(*cast(kind, input, weights, offsets, bias), backend=backend)
     return grouped_linear_op(input, weights, offsets, bias, backend=backend)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """As autocast casts the arguments of torch's own linear."""
-    low = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-    return value.to(dtype) if low else value

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllm.core.autocast import cast, casting
 from fastllm.core.backend import Backend
 from fastllm.core.dispatch import define
 from fastllm.ops.linear_distill import chunked, reference, spec
@@ -90,16 +91,15 @@ def linear_distillation_loss(
     for name, tensor in zip(names, heads, strict=True):
         require_float(name, tensor)
     tensors = [*heads, student_bias, teacher_bias]
-    device = student_hidden.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        kind = torch.get_autocast_dtype(device)
-        cast: list[Any] = [t if t is None else t.to(kind) for t in tensors]
-        with torch.autocast(device, enabled=False):
+    kind = casting(student_hidden)
+    if kind is not None:
+        *heads, student_bias, teacher_bias = cast(kind, *tensors)
+        with torch.autocast(kind, enabled=False):
             return linear_distillation_loss(
-                cast[0], cast[1], cast[2], cast[3], target, student_bias=cast[4],
-                teacher_bias=cast[5], temperature=temperature, alpha=alpha, divergence=divergence,
-                ignore_index=ignore_index, reduction=reduction, chunk_bytes=chunk_bytes,
-                backend=backend,
+                heads[0], heads[1], heads[2], heads[3], target, student_bias=student_bias,
+                teacher_bias=teacher_bias, temperature=temperature, alpha=alpha,
+                divergence=divergence, ignore_index=ignore_index, reduction=reduction,
+                chunk_bytes=chunk_bytes, backend=backend,
             )  # fmt: skip
     shape = student_hidden.shape[:-1]
     for name, found in (("teacher_hidden", teacher_hidden.shape[:-1]), ("target", None)):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllm.core.autocast import cast, casting
 from fastllm.core.backend import Backend
 from fastllm.core.dispatch import define
 from fastllm.ops.linear_loss import chunked, parallel, reference, spec
@@ -72,6 +73,7 @@ def linear_cross_entropy(
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
     lora_scale: float = 1.0,
+    lora_input: Tensor | None = None,
     chunk_bytes: int = 32 << 20,
     skip_below: float = 0.0,
     dtype: torch.dtype | None = None,
@@ -86,7 +88,9 @@ def linear_cross_entropy(
     target         [...] class indices, int64
     class_weight   [C] or None; it and the other options as in `cross_entropy`
     lora_a, lora_b [r, H] and [C, r]: the weight is weight + lora_scale * lora_b @ lora_a (Hu et al.
-                   2021), which is never formed; both get gradients, weight does if it wants them
+                   2021), which is never formed; both get gradients, weight does if it wants them.
+                   Of any float dtype: lora_a is applied in its own
+    lora_input     what lora_a reads, of input's shape (dropout's output); None: input
     chunk_bytes    bound on the logits that exist at once (never less than those of one token, or of
                    256 classes of it); beyond it there are the gradients, in float32 where several
                    steps add to one
@@ -104,17 +108,17 @@ def linear_cross_entropy(
     """
     spec.require_float("input", input)
     spec.require_float("weight", weight)
-    tensors: list[Any] = [input, weight, bias, lora_a, lora_b]
-    device = input.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        kind = torch.get_autocast_dtype(device)
-        cast: list[Any] = [t if t is None else t.to(kind) for t in tensors]
-        with torch.autocast(device, enabled=False):
+    kind = casting(input)
+    if kind is not None:
+        input, weight, bias, lora_a, lora_b, lora_input = cast(
+            kind, input, weight, bias, lora_a, lora_b, lora_input
+        )
+        with torch.autocast(kind, enabled=False):
             return linear_cross_entropy(
-                cast[0], cast[1], target, cast[2], class_weight=class_weight,
-                ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-                z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, lora_a=cast[3],
-                lora_b=cast[4], lora_scale=lora_scale, chunk_bytes=chunk_bytes,
+                input, weight, target, bias, class_weight=class_weight, ignore_index=ignore_index,
+                reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
+                softcap=softcap, logit_scale=logit_scale, lora_a=lora_a, lora_b=lora_b,
+                lora_scale=lora_scale, lora_input=lora_input, chunk_bytes=chunk_bytes,
                 skip_below=skip_below, dtype=dtype or torch.float32, process_group=process_group,
                 backend=backend,
             )  # fmt: skip
@@ -123,18 +127,16 @@ def linear_cross_entropy(
             f"target: expected shape {list(input.shape[:-1])}, found {list(target.shape)}"
         )
     x = input.reshape(-1, input.shape[-1])
-    if (lora_a is None) != (lora_b is None):
-        raise ValueError("lora_a and lora_b: expected both or neither")
-    low = None if lora_a is None else F.linear(x, lora_a) * lora_scale
+    low, up = _low_rank(x, lora_a, lora_b, lora_scale, lora_input)
     save_gradient = (
         reduction != "none"
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and any(t is not None and t.requires_grad for t in tensors)
+        and any(t is not None and t.requires_grad for t in (x, weight, bias, low, up))
     )
     flat = target.reshape(-1) if isinstance(target, Tensor) else target
     args = (
-        x, weight, flat, bias, class_weight, low, lora_b, ignore_index, reduction,
+        x, weight, flat, bias, class_weight, low, up, ignore_index, reduction,
         float(label_smoothing), float(z_loss), float(softcap), float(logit_scale),
         int(chunk_bytes), float(skip_below), save_gradient,
     )  # fmt: skip
@@ -144,6 +146,25 @@ def linear_cross_entropy(
         loss = parallel.linear_cross_entropy(process_group, backend, *args)
     loss = loss.to(dtype or input.dtype)
     return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _low_rank(
+    x: Tensor, a: Tensor | None, b: Tensor | None, scale: float, given: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The op's low [tokens, r] and up [C, r]."""
+    if (a is None) != (b is None):
+        raise ValueError("lora_a and lora_b: expected both or neither")
+    if a is None or b is None:
+        if given is not None:
+            raise ValueError("lora_input: expected None without lora_a and lora_b, found a tensor")
+        return None, None
+    if given is not None and (given.numel() != x.numel() or given.shape[-1] != x.shape[-1]):
+        raise ValueError(
+            f"lora_input: expected input's shape ({list(x.shape)} when flattened), "
+            f"found {list(given.shape)}"
+        )
+    read = x if given is None else given.reshape(x.shape)
+    return (F.linear(read.to(a.dtype), a) * scale).to(x.dtype), b.to(x.dtype)
 
 
 def token_log_probs(

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastllm import _C
 from fastllm.core.backend import Backend
 from fastllm.core.memory import empty_like
-from fastllm.ops.loss.spec import DIVERGENCES, Options
+from fastllm.ops.loss.spec import DIVERGENCES, Options, supports
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -208,20 +208,9 @@ def _indices(input: Tensor, target: Tensor, weight: Tensor | None, *_: Any) -> s
     return None if input.shape[1] else "no classes: computed by torch"
 
 
-def _probs(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> str | None:
-    if target.dtype != input.dtype:
-        return f"{target.dtype} target with {input.dtype} input: computed by torch"
-    return _indices(input, target, weight)
-
-
-def _pair(student: Tensor, teacher: Tensor, *_: Any) -> str | None:
-    if teacher.dtype != student.dtype:
-        return f"{teacher.dtype} teacher with {student.dtype} student: computed by torch"
-    return _indices(student, teacher, None)
-
-
+_WHY = supports(_indices)
 BACKENDS: dict[str, Backend] = {
-    "cross_entropy": Backend("cpu", cross_entropy, cross_entropy_backward, _indices),
-    "cross_entropy_probs": Backend("cpu", cross_entropy, cross_entropy_backward, _probs),
-    "divergence": Backend("cpu", divergence, divergence_backward, _pair),
+    key: Backend("cpu", cross_entropy, cross_entropy_backward, _WHY[key])
+    for key in ("cross_entropy", "cross_entropy_probs")
 }
+BACKENDS["divergence"] = Backend("cpu", divergence, divergence_backward, _WHY["divergence"])

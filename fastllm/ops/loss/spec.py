@@ -1,5 +1,6 @@
 """The losses' contract: schemas, argument checks, fake kernels, costs."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +144,25 @@ def mean_divisor(target: Tensor, weight: Tensor | None, ignore_index: int) -> Te
         return kept.sum()
     inside = target.clamp(0, weight.numel() - 1)
     return torch.where(kept, weight[inside].to(torch.float64), 0).sum()
+
+
+Why = Callable[..., str | None]
+
+
+def supports(rows: Why) -> dict[str, Why]:
+    """supports() of the family's ops by name, out of a backend's own for rows and class indices."""
+
+    def probs(input: Tensor, target: Tensor, weight: Tensor | None, *_: Any) -> str | None:
+        if target.dtype != input.dtype:
+            return f"{target.dtype} target with {input.dtype} input: computed by torch"
+        return rows(input, target, weight)
+
+    def pair(student: Tensor, teacher: Tensor, *_: Any) -> str | None:
+        if teacher.dtype != student.dtype:
+            return f"{teacher.dtype} teacher with {student.dtype} student: computed by torch"
+        return rows(student, teacher, None)
+
+    return {"cross_entropy": rows, "cross_entropy_probs": probs, "divergence": pair}
 
 
 # ---- fake kernels

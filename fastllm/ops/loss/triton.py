@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastllm.core.backend import Backend
-from fastllm.ops.loss.spec import Options, mean_divisor
+from fastllm.ops.loss.spec import Options, mean_divisor, supports
 from fastllm.ops.norm.gpu import DTYPES, MAX_COLS
 from fastllm.ops.norm.triton import _interpreted, available
 
@@ -156,22 +156,11 @@ def _indices(input: Tensor, target: Tensor, weight: Tensor | None, *_: Any) -> s
     return None if 0 < input.shape[1] <= MAX_COLS else f"rows of {input.shape[1]} values"
 
 
-def _probs(input: Tensor, target: Tensor, weight: Tensor | None, *_: Any) -> str | None:
-    if target.dtype != input.dtype:
-        return f"{target.dtype} target with {input.dtype} input: computed by torch"
-    return _indices(input, target, weight)
-
-
-def _pair(student: Tensor, teacher: Tensor, *_: Any) -> str | None:
-    if teacher.dtype != student.dtype:
-        return f"{teacher.dtype} teacher with {student.dtype} student: computed by torch"
-    return _indices(student, teacher, None)
-
-
+_WHY = supports(_indices)
 BACKENDS: dict[str, Backend] = {
-    "cross_entropy": Backend("triton", cross_entropy, cross_entropy_backward, _indices, available),
-    "cross_entropy_probs": Backend(
-        "triton", cross_entropy, cross_entropy_backward, _probs, available
-    ),
-    "divergence": Backend("triton", divergence, divergence_backward, _pair, available),
+    key: Backend("triton", cross_entropy, cross_entropy_backward, _WHY[key], available)
+    for key in ("cross_entropy", "cross_entropy_probs")
 }
+BACKENDS["divergence"] = Backend(
+    "triton", divergence, divergence_backward, _WHY["divergence"], available
+)

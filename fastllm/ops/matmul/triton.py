@@ -182,6 +182,11 @@ def _linear_backward(
     return None if dx is None else dx.view(input.shape), dw, db, residual
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b^T for [M, K] and [N, K], in total's own precision."""
+    _kernels().matmul(a, b.t(), out=total, accumulate=True, tf32=tf32(a))
+
+
 def gated_linear_backward(
     grad_output: Tensor,
     input: Tensor,
