@@ -216,8 +216,8 @@ class QuantLinear(nn.Linear):
             state_dict = self._from_float(state_dict, prefix, weight, error_msgs)
         elif code is not None:
             if not torch.equal(code[:4].cpu(), self.format_code[:4].cpu()):
-                mine, theirs = describe(self.format_code), describe(code)
-                error_msgs.append(f"{prefix}codes: expected {mine}, found {theirs}")
+                own, theirs = describe(self.format_code), describe(code)
+                error_msgs.append(f"{prefix}codes: expected {own}, found {theirs}")
                 return
             self.activations = int(code[4])
             for found in FOUND:
