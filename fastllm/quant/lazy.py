@@ -54,7 +54,9 @@ class LazyWeight(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         given = zip(func._schema.arguments, args, strict=False)
         if any(isinstance(a, cls) and s.alias_info and s.alias_info.is_write for s, a in given):
             raise RuntimeError(READ_ONLY)

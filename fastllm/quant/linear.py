@@ -45,6 +45,19 @@ class QuantLinear(nn.Linear):
     """
 
     backend: str | None = None
+    format: Format
+    activations: int  # a position in ACTIVATIONS
+    transposed: bool  # it was a Conv1D
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    nested: Any
+    act_scale: Tensor | None
+    input_scale: Tensor | None
+    outliers: Any
+    outlier_weight: Any
+    format_code: Tensor
+    _like: Tensor  # nothing, in the dtype that `weight` has
 
     def __init__(
         self,
@@ -71,7 +84,7 @@ class QuantLinear(nn.Linear):
         """A quantized copy of a Linear, or of GPT-2's Conv1D; the bias is the very same one."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made.register_parameter("bias", linear.bias)
+        made.register_parameter("bias", linear._parameters["bias"])
         made.train(linear.training)
         weight = oriented(linear)
         made.out_features, made.in_features = weight.shape
@@ -80,7 +93,7 @@ class QuantLinear(nn.Linear):
         return made
 
     def forward(self, input: Tensor) -> Tensor:
-        held = self._buffers  # attributes of modules are slow, and a token passes many layers
+        held: Any = self._buffers  # attributes of modules are slow, and a token passes many layers
         scale, outliers = held["input_scale"], held["outliers"]
         made = quant_linear(
             input if scale is None else input * scale.to(input.dtype),
@@ -134,7 +147,7 @@ class QuantLinear(nn.Linear):
         q = self._quantized(weight)
         for name in ("codes", "scales", "zeros", "nested"):
             if self._buffers[name] is not None:
-                self._buffers[name].copy_(getattr(q, name))
+                getattr(self, name).copy_(getattr(q, name))
         if self.outliers is not None:
             self.outlier_weight.copy_(weight.detach()[:, self.outliers])
 
@@ -181,7 +194,7 @@ class QuantLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
         """Moves everything, and casts only the bias and what `weight` is dequantized to."""
-        kept = {n: b for n in CODES if (b := self._buffers.get(n)) is not None}
+        kept: dict[str, Any] = {n: b for n in CODES if (b := self._buffers.get(n)) is not None}
         kept.pop("outlier_weight", None)  # an ordinary weight
         for name, buffer in kept.items():  # a cast leaves integers alone
             self._buffers[name] = buffer.view(_WHOLE[buffer.element_size()])
@@ -189,7 +202,7 @@ class QuantLinear(nn.Linear):
             super()._apply(fn, recurse)
         finally:
             for name, buffer in kept.items():
-                moved = self._buffers[name]
+                moved: Any = self._buffers[name]
                 same = moved.dtype == _WHOLE[buffer.element_size()]
                 self._buffers[name] = moved.view(buffer.dtype) if same else buffer.to(moved.device)
         return self
@@ -203,16 +216,15 @@ class QuantLinear(nn.Linear):
             state_dict = self._from_float(state_dict, prefix, weight, error_msgs)
         elif code is not None:
             if not torch.equal(code[:4].cpu(), self.format_code[:4].cpu()):
-                mine, theirs = describe(self.format_code), describe(code)
-                error_msgs.append(f"{prefix}codes: expected {mine}, found {theirs}")
+                own, theirs = describe(self.format_code), describe(code)
+                error_msgs.append(f"{prefix}codes: expected {own}, found {theirs}")
                 return
             self.activations = int(code[4])
-            for name in FOUND:
-                value = state_dict.get(prefix + name)
-                mine = self._buffers[name]
+            for found in FOUND:
+                value, mine = state_dict.get(prefix + found), self._buffers[found]
                 if value is None or mine is None or mine.shape != value.shape:
                     made = None if value is None else value.to(self.codes.device, copy=True)
-                    self._buffers[name] = made
+                    self._buffers[found] = made
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -98,7 +98,7 @@ class _Quantized(torch.autograd.Function):
             db = flat.sum(0).to(ctx.dtype)
         if want_weight or ctx.learned:
             dw = (flat.t() @ input.reshape(-1, width).to(grad.dtype)).to(ctx.dtype)
-        if ctx.learned:
+        if dw is not None and ctx.learned:
             dw, dr = _range_gradients(dw, kept[0], kept[1], zeros, form)
         return dx, dw, db, dr, None, None, None
 

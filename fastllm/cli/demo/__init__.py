@@ -1,4 +1,4 @@
-"""`fastllm demo`: a real encoder and a small Llama that teaches a smaller one, measured."""
+"""`fastllm demo`: a real encoder and a small Llama, trained, taught and quantized, measured."""
 
 import argparse
 import os
@@ -57,7 +57,7 @@ def _show(found) -> None:
 
 def measure(seconds: float, quick: bool, threads: int | None, bars: Progress):  # -> Findings
     """Runs the parts one after the other, each in its share of `seconds`."""
-    from fastllm.cli.demo import distil, encoder, lean, llama, memory, report
+    from fastllm.cli.demo import distil, encoder, lean, llama, memory, quantized, report
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.perf_counter()
@@ -69,7 +69,7 @@ def measure(seconds: float, quick: bool, threads: int | None, bars: Progress):  
     first = encoder.compare(
         count=64 if quick else 256,
         batch=16 if quick else 32,
-        seconds=0.3 * seconds,
+        seconds=0.25 * seconds,
         device=device,
         tick=tick,
     )
@@ -77,7 +77,7 @@ def measure(seconds: float, quick: bool, threads: int | None, bars: Progress):  
     second = llama.compare(
         size=llama.QUICK if quick else llama.Size(),
         steps=30 if quick else 150,
-        seconds=0.4 * seconds,
+        seconds=0.35 * seconds,
         device=device,
         tick=tick,
     )
@@ -93,11 +93,22 @@ def measure(seconds: float, quick: bool, threads: int | None, bars: Progress):  
     bars.reset(bar, description="Llama: float32 and lean training in turns")
     steps = 20 if quick else 60
     fourth = lean.compare(steps=steps, seconds=0.15 * seconds, device=device, tick=tick)
+    bars.reset(bar, description="Encoder and Llama: float32 and quantized in turns")
+    fifth = quantized.compare(
+        second.size,
+        second.models[encoder.STOCK],
+        count=64 if quick else 256,
+        batch=16 if quick else 32,
+        steps=10 if quick else 40,
+        seconds=0.25 * seconds,
+        device=device,
+        tick=tick,
+    )
     bars.reset(bar, description="Llama: memory of each alone")
     variants = (encoder.STOCK, encoder.SWAPPED)
     found, reason = memory.peaks(variants, quick, device, threads)
     spent = time.perf_counter() - begin
-    return report.Findings(first, second, third, found, reason, device, spent, fourth)
+    return report.Findings(first, second, third, found, reason, device, spent, fourth, fifth)
 
 
 def write(found, out: Path) -> list[Path]:

@@ -141,11 +141,23 @@ def build(size: Size, seed: int) -> Any:
 
 def batch_of(size: Size, step: int, device: str) -> Tensor:
     """Token ids [batch, length] of a step: random places in the text, the same for every model."""
-    text = _bytes()
+    text = _bytes()[: -_held_out_bytes()]
     places = torch.randint(
         len(text) - size.length, (size.batch, 1), generator=torch.Generator().manual_seed(step)
     )
     return text[places + torch.arange(size.length)].to(device)
+
+
+def held_out(size: Size, device: str) -> Tensor:
+    """Token ids [64, length] of text that no batch is from, the same for every model."""
+    text = _bytes()[-_held_out_bytes() :]
+    places = torch.arange(64).unsqueeze(1) * ((len(text) - size.length) // 64)
+    return text[places + torch.arange(size.length)].to(device)
+
+
+def _held_out_bytes() -> int:
+    """The last sixteenth."""
+    return len(_bytes()) // 16
 
 
 _TEXT: list[Tensor] = []

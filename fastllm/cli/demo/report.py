@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fastllm.cli.console import table
 from fastllm.cli.demo import lean
+from fastllm.cli.demo import quantized as low_bit
 from fastllm.cli.demo.distil import DistilResult
 from fastllm.cli.demo.encoder import STOCK, SWAPPED, EncoderResult
 from fastllm.cli.demo.llama import LlamaResult
@@ -31,6 +32,7 @@ class Findings:
     device: str
     seconds: float
     training: lean.LeanResult | None = None
+    quantized: low_bit.QuantizedResult | None = None
 
 
 def summary(found: Findings) -> Table:
@@ -61,7 +63,8 @@ def rows(found: Findings) -> list[tuple[str, str, str, str]]:
         made.append(("Llama, peak memory, MiB", *_pair(peak, "{:.0f}"), _quotient(peak)))
         added = {name: (m.peak - m.before) / 2**20 for name, m in found.memory.items()}
         made.append(("  of it, added by training", *_pair(added, "{:.0f}"), _quotient(added)))
-    return made + (lean.rows(found.training) if found.training else [])
+    made += lean.rows(found.training) if found.training else []
+    return made + (low_bit.rows(found.quantized) if found.quantized else [])
 
 
 def _last(losses: dict[str, list[float]]) -> list[float]:
@@ -90,6 +93,8 @@ def notes(found: Findings) -> list[str]:
             "micro-batches a step, clipping in the step, AdamW with 8-bit states; more with "
             "python -m fastllm.cli.demo.lean"
         )
+    if found.quantized:
+        lines.append(low_bit.note(found.quantized))
     if found.no_memory:
         lines.append(f"memory was not measured: {found.no_memory}")
     elif torch.device(found.device).type == "cpu":
