@@ -24,6 +24,7 @@ CSRC = ROOT / "csrc"
 DOT_FAMILIES = (
     "gemm",
     "attention",
+    "qgemm",
 )  # with kernels of their own at avx512_bf16 and amx (csrc/cpu/isa.h)
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 

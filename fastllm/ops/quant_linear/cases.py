@@ -56,6 +56,8 @@ def _test() -> Iterator[Case]:
         next(dtypes)
     for form, shape in itertools.product(FORMATS[:2], SHAPES[-4:]):
         yield _case(shape, form, next(dtypes), bias=shape[1] == 0, tags={"quick"})
+    for dtype in (FP32, BF16, FP16):  # every optional argument
+        yield _case((9, 128, 40), (INT4, 64, False, STATIC), dtype, bias=True, tags={"quick"})
     for layout, form in itertools.product(("3d", "strided", "transposed"), FORMATS[:2]):
         yield _case((24, 64, 40), form, BF16, bias=True, layout=layout, tags={"quick"})
     for form in (FORMATS[0], FORMATS[7], FORMATS[13], FORMATS[15]):
@@ -88,7 +90,7 @@ def _case(
         w = torch.randn(n, k, generator=generator) * max(k, 1) ** -0.5
         codes, scales, zeros = quant.quantize(w, code, group, symmetric)
         b = torch.randn(n, generator=generator).to(dtype) if bias else None
-        given = torch.tensor(0.03) if activations == STATIC else None
+        given = torch.tensor([0.03]) if activations == STATIC else None
         return x, codes, scales, None if symmetric else zeros, b, given, *form[:2], activations
 
     mode = ("", "-dynamic", "-static")[activations]
