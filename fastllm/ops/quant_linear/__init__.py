@@ -22,6 +22,7 @@ quant_linear_op = define(
     fake_backward=spec.fake_backward,
     cost=spec.cost,
     cases=cases(),
+    autocast_composite=("cpu", "cuda"),
 )
 
 
