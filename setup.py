@@ -25,6 +25,7 @@ DOT_FAMILIES = (
     "gemm",
     "attention",
     "loss",
+    "qgemm",
 )  # with kernels of their own at avx512_bf16 and amx (csrc/cpu/isa.h)
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 

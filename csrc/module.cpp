@@ -75,6 +75,7 @@ PYBIND11_MODULE(_C, m) {
   fastllm::bindings::bind_quant(m);
   fastllm::bindings::bind_rotary(m);
   fastllm::bindings::bind_attention(m);
+  fastllm::bindings::bind_qgemm(m);
 
   m.def("isa", &fastllm::isa, "The level of the kernels in use.");
   m.def("isa_levels", &fastllm::isa_levels, "The levels that this machine can run, best last.");

@@ -242,7 +242,7 @@ def divisor(group, most):
     return most if group <= 0 else min(most, group & -group)
 
 
-def heuristic(m, n, k, group, sms):
+def heuristic(m, n, k, group, integer, sms):
     """The config to take untried."""
     deep = divisor(group, 128)
     if m <= 16:
@@ -253,6 +253,8 @@ def heuristic(m, n, k, group, sms):
         base = QuantConfig(64, 128, min(deep, 64), 4, 3)
     else:
         base = QuantConfig(128, 128, min(deep, 64), 8, 3)
+    if integer and group > 0 and m > 64:  # sums of both kinds are held: smaller blocks
+        base = QuantConfig(64, 64, min(deep, 64), 4, 3)
     tiles = triton.cdiv(m, base.block_m) * triton.cdiv(n, base.block_n)
     steps, split = triton.cdiv(k, base.block_k), 1
     while split < 16 and tiles * split < 2 * sms and steps >= 8 * split:
@@ -305,7 +307,7 @@ def quant_matmul(
     stretch = shared
     if integer and (kind == INT4 or k > 131072) and not shared:
         stretch = -(-k // 128) * 128  # one group: sums leave int32 step by step
-    config = config or heuristic(m, n, k, shared, multiprocessors(x.device))
+    config = config or heuristic(m, n, k, shared, integer, multiprocessors(x.device))
     split = config.split_k
     out = y if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=x.device)
     scale_row = scales.shape[-1] if scales.dim() == 2 else 0

@@ -78,5 +78,6 @@ void bind_embedding(py::module_& m);
 void bind_quant(py::module_& m);
 void bind_rotary(py::module_& m);
 void bind_attention(py::module_& m);
+void bind_qgemm(py::module_& m);
 
 }  // namespace fastllm::bindings

@@ -52,11 +52,12 @@ struct Features {
     avx2 = (states & ymm) == ymm && (b & bit_AVX2);
     const uint32_t wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     avx512 = avx2 && (states & zmm) == zmm && (b & wanted) == wanted;
-    constexpr uint32_t kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+    constexpr uint32_t kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+    constexpr uint32_t kAvx512Bf16 = 1u << 5, kVnni = 1u << 11, kAmx = kAmxBf16 | kAmxTile | kAmxInt8;
     constexpr uint64_t kTileStates = 3u << 17;
-    const bool tiles = (d & kAmxBf16) && (d & kAmxTile) && (states & kTileStates) == kTileStates;
+    const bool vnni = c & kVnni, tiles = (d & kAmx) == kAmx && (states & kTileStates) == kTileStates;
     if (!avx512 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
-    avx512_bf16 = a & kAvx512Bf16;
+    avx512_bf16 = vnni && (a & kAvx512Bf16);
     amx = avx512_bf16 && tiles && tiles_granted();
   }
 };

@@ -1,5 +1,5 @@
 // The vector vocabulary on AVX-512 (F, BW, DQ, VL): 16 floats. Included inside a target region.
-
+#define FASTLLM_WORDS "cpu/simd/words_avx512.h"  // for kernels on integers
 constexpr int W = 16;
 
 struct Vec {

@@ -1,6 +1,6 @@
 // The vector vocabulary on AArch64 NEON: 4 floats. fp16 conversion is part of the base
 // architecture.
-
+#define FASTLLM_WORDS "cpu/simd/words_neon.h"  // for kernels on integers
 constexpr int W = 4;
 
 struct Vec {

@@ -93,6 +93,11 @@ _KERNELS = {
     ("grouped", "cpu"): (),
     ("moe", "cpu"): (),
     ("loss", "cpu"): ("loss", "distill"),
+    ("quant_linear", "cpu"): (
+        *(f"qgemm{part}" for part in ("", "_activations", "_blocks", "_decode", "_engines")),
+        *(f"qgemm{part}" for part in ("_micro", "_thin", "_thin_dots")),
+    ),
+    ("quant_linear", "cuda"): ("quant_matmul",),
 }
 
 

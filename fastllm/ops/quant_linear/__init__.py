@@ -5,12 +5,12 @@ from torch import Tensor
 
 from fastllm.core.autocast import cast, casting
 from fastllm.core.dispatch import define
-from fastllm.ops.quant_linear import reference, spec, stock, triton
+from fastllm.ops.quant_linear import cpu, reference, spec, stock, triton
 from fastllm.ops.quant_linear.cases import cases
 
 quant_linear_op = define(
     "quant_linear",
-    (triton.BACKEND, stock.BACKEND),
+    (cpu.BACKEND, triton.BACKEND, stock.BACKEND),
     reference,
     family="quant_linear",
     schema=spec.SCHEMA,
@@ -22,6 +22,7 @@ quant_linear_op = define(
     fake_backward=spec.fake_backward,
     cost=spec.cost,
     cases=cases(),
+    autocast_composite=("cpu", "cuda"),
 )
 
 

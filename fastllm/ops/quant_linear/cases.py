@@ -56,10 +56,14 @@ def _test() -> Iterator[Case]:
         next(dtypes)
     for form, shape in itertools.product(FORMATS[:2], SHAPES[-4:]):
         yield _case(shape, form, next(dtypes), bias=shape[1] == 0, tags={"quick"})
+    for dtype in (FP32, BF16, FP16):  # every optional argument
+        yield _case((9, 128, 40), (INT4, 64, False, STATIC), dtype, bias=True, tags={"quick"})
     for layout, form in itertools.product(("3d", "strided", "transposed"), FORMATS[:2]):
         yield _case((24, 64, 40), form, BF16, bias=True, layout=layout, tags={"quick"})
     for form in (FORMATS[0], FORMATS[7], FORMATS[13], FORMATS[15]):
         yield _case((3, 33, 5), form, FP64, bias=True, tags={"quick"})
+    # every optional argument, one of them unused
+    yield _case((3, 66, 5), (INT4, 64, False, FLOAT), FP64, bias=True, spare=True, tags={"quick"})
     for values, form in itertools.product(("zeros", "nan", "infinite"), FORMATS[:2]):
         yield _case((6, 64, 20), form, FP32, bias=True, values=values, tags={"adversarial"})
     yield _case((2, 140000, 3), FORMATS[1], FP32, bias=False, tags={"quick"})  # past int32
@@ -74,6 +78,7 @@ def _case(
     bias: bool,
     layout: str = "contiguous",
     values: str = "normal",
+    spare: bool = False,
     tags: set[str],
 ) -> Case:
     m, k, n = shape
@@ -88,13 +93,14 @@ def _case(
         w = torch.randn(n, k, generator=generator) * max(k, 1) ** -0.5
         codes, scales, zeros = quant.quantize(w, code, group, symmetric)
         b = torch.randn(n, generator=generator).to(dtype) if bias else None
-        given = torch.tensor(0.03) if activations == STATIC else None
+        given = torch.tensor([0.03]) if activations == STATIC or spare else None
         return x, codes, scales, None if symmetric else zeros, b, given, *form[:2], activations
 
     mode = ("", "-dynamic", "-static")[activations]
     kind = KINDS[code] + "" * symmetric + "-asym" * (not symmetric)
     name = f"{'x'.join(map(str, shape))}-{NAMES[dtype]}-{kind}-g{group}{mode}" + "-bias" * bias
-    name += f"-{layout}" * (layout != "contiguous") + f"-{values}" * (values != "normal")
+    name += "-spare" * spare + f"-{layout}" * (layout != "contiguous")
+    name += f"-{values}" * (values != "normal")
     return Case(name, dtype, build, frozenset(tags))
 
 

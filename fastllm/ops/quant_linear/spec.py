@@ -58,9 +58,9 @@ def check(
         raise ValueError(f"bias: expected [{codes.shape[0]}], found {describe(bias)}")
     if bias is not None and bias.dtype != input.dtype:
         raise ValueError(f"bias: expected {describe(input)}'s dtype, found {describe(bias)}")
-    if (act_scale is None) == (activations == STATIC):
+    if activations != FLOAT and (act_scale is None) == (activations == STATIC):
         raise ValueError(
-            f"act_scale: expected one with static activations only, found {describe(act_scale)}"
+            f"act_scale: expected one for static activations only, found {describe(act_scale)}"
         )
     if act_scale is not None and (act_scale.numel() != 1 or not act_scale.is_floating_point()):
         raise ValueError(f"act_scale: expected one number, found {describe(act_scale)}")

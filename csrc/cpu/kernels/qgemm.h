@@ -1,0 +1,55 @@
+// The qgemm family: linear layers whose weights are codes, read where a state_dict keeps them.
+#pragma once
+#include <cstdint>
+#include <utility>
+
+namespace fastllm::qgemm {
+
+// What a code stands for: fastllm/ops/quant/layout.py's KINDS.
+enum Kind : int { kInt8, kInt4, kNf4, kFp4, kE4M3, kE5M2, kMxFp8 };
+// Scales and zeros: the types of types.h, and bytes that are exponents of two.
+enum ScaleType : int { kScaleFloat32, kScaleBFloat16, kScaleFloat16, kScaleE8M0 };
+// What becomes of the activations: kept, or rounded to int8 with one scale a token, made here or given.
+enum Activations : int { kFloat, kDynamic, kStatic };
+
+// [n, k]: rows of codes, two in a byte where they have four bits, the even one low.
+struct Weight {
+  int kind;
+  const uint8_t* codes;
+  int64_t n, k, row;  // row: bytes from one row to the next
+  const void *scales, *zeros;  // zeros null: none, and 8 for int4
+  int scale_type;
+  // The scale of element (i, j) is scales[i / scale_block * scale_row + j / group]; group 0: / k.
+  int64_t scale_row, scale_block, group;
+};
+
+// out = x w^T + bias, [m, n]; sums in fp32 (int32 for int8 activations), rounded once.
+struct Product {
+  int dtype, activations;  // dtype of x, bias and out: types.h
+  const void* x;           // m rows of k adjacent numbers
+  int64_t m, x_row;
+  Weight w;
+  const void* bias;  // [n] or null
+  float act_scale;   // of all tokens, for kStatic
+  void* out;         // m rows of n adjacent numbers
+  int threads;
+};
+
+// The numbers that rows [from, from + rows) of a weight stand for, in the type of types.h.
+struct Decode {
+  Weight w;
+  int dtype;
+  int64_t from, rows;
+  void* out;  // rows of k adjacent numbers
+  int threads;
+};
+
+struct Kernels {
+  void (*multiply)(const Product&);
+  void (*decode)(const Decode&);
+};
+
+// The kernels of the level in use.
+const Kernels& kernels();
+
+}  // namespace fastllm::qgemm

@@ -1,0 +1,229 @@
+// Many tokens: a block of the weight is decoded once into a cache and meets panel after panel.
+
+constexpr i64 kBlockWords = 1024;      // of a row, decoded at a time
+constexpr i64 kPackedBytes = 16 << 20;  // of activations at a time
+constexpr i64 kSums = 1 << 17;          // kept by a task while it goes along k
+constexpr i64 kLongestInt32 = 131072;   // terms of 127 * 127 that int32 holds
+
+INLINE i64 common_divisor(i64 a, i64 b) { return b ? common_divisor(b, a % b) : a; }
+
+// How a product is cut.
+template <class E>
+struct Plan {
+  static constexpr i64 kPer = 4 / i64(sizeof(typename E::Word));
+  i64 words;          // of a row, a multiple of 16
+  i64 block;          // words decoded at a time
+  i64 deep;           // words multiplied at a time, in one group
+  int cols;           // of a panel
+  i64 chunk, tokens;  // packed at a time; a task
+  i64 rows;           // of the weight, a task
+  bool grouped;       // sums of int32 become fp32 after each stretch
+  Plan(const Product& p, int threads) {
+    words = ceil_div(p.w.k, kUnit) * kUnit / kPer;
+    block = least(words, kBlockWords);
+    grouped = E::kInteger && (p.w.group || two_a_byte(p.w.kind) || p.w.k > kLongestInt32);
+    deep = grouped && p.w.group ? common_divisor(p.w.group / kPer, E::kDeep) : E::kDeep;
+    cols = p.m <= W ? W : kMostVectors * W;
+    const i64 panels = ceil_div(p.m, cols);
+    chunk = least(panels, most(8, kPackedBytes / most(1, words * cols * 4))) * cols;
+    tokens = block < words ? least(chunk, kSums / (E::kBlockRows * cols) * cols) : chunk;
+    rows = E::kBlockRows;
+    const i64 step = most(E::kRows, W), across = ceil_div(least(chunk, p.m), tokens);
+    while (rows > step && ceil_div(p.w.n, rows) * across < 3 * threads)
+      rows = ceil_div(rows / 2, step) * step;
+  }
+  INLINE_MEMBER i64 stretches() const { return ceil_div(block, deep); }
+  INLINE_MEMBER i64 sums() const { return rows * (block < words ? tokens : cols); }
+  // Floats that a thread needs: a block of the weight, three numbers a stretch and row, sums
+  INLINE_MEMBER i64 room() const { return rows * (block + 3 * stretches()) + sums() + 64; }
+};
+
+template <class E, class T>
+struct Blocks {
+  const Product& p;
+  const Plan<E> plan;
+  float *packed, *scales, *totals;  // panels, a scale a token, sums of codes a stretch and token
+
+  // ---- activations
+
+  INLINE_MEMBER i64 all_stretches() const { return ceil_div(plan.words, plan.deep); }
+
+  // Panel `panel` of the tokens from `first` on.
+  INLINE_MEMBER void pack(i64 first, i64 panel) const {
+    const i64 from = first + panel * plan.cols;
+    float* out = packed + panel * plan.cols * plan.words;
+    if constexpr (E::kInteger) {
+      pack_codes<T>(p, from, plan.cols, plan.words, sizeof(typename E::Word) == 1, E::kFlip, out,
+                    scales + panel * plan.cols,
+                    totals ? totals + panel * plan.cols * all_stretches() : nullptr, plan.deep);
+    } else {
+      const T* x = (const T*)p.x + from * p.x_row;
+      const i64 rows = least(plan.cols, p.m - from), words = ceil_div(p.w.k, Plan<E>::kPer);
+      if constexpr (sizeof(typename E::Word) == 4)
+        pack_panel<Single<T>>(x, p.x_row, 1, rows, p.w.k, words, plan.cols, out);
+#if defined(FASTLLM_DOTS)
+      else
+        pack_panel<Pair>(x, p.x_row, 1, rows, p.w.k, words, plan.cols, out);
+#endif
+      __builtin_memset(out + words * plan.cols, 0, 4 * (plan.words - words) * plan.cols);
+    }
+  }
+
+  // ---- the weight
+
+  // Rows [from, from + count) of the weight, words [at, at + words), as tiles; zeros behind them.
+  INLINE_MEMBER void decode(i64 from, i64 count, i64 at, i64 words, float* weight) const {
+    using Word = typename E::Word;
+    constexpr i64 kPer = Plan<E>::kPer;
+    for (i64 r = 0; r < plan.rows; ++r) {
+      float* out = weight + r / E::kRows * E::kRows * words + E::row(r % E::kRows, words);
+      if (r >= count || p.w.k < (at + words) * kPer)
+        for (i64 i = 0; i < words; i += 16) __builtin_memset(out + i / 16 * E::kStep, 0, 64);
+      if (r >= count) continue;
+      with_kind(p.w.kind, [&](auto kind) INLINE_LAMBDA {
+        using C = decltype(kind);
+        if constexpr (E::kInteger)
+          decode_integers<Word, C>(p.w, from + r, at * kPer, words, out, E::kStep);
+        else
+          decode_floats<Word, C>(p.w, from + r, at * kPer, words, out, E::kStep);
+      });
+    }
+  }
+
+  // What the sums of each stretch are worth: [stretches][rows] each.
+  INLINE_MEMBER void weigh(i64 from, i64 count, i64 at, i64 words,
+                           [[maybe_unused]] const float* weight, float* numbers) const {
+    const i64 size = plan.stretches() * plan.rows;
+    int32_t* starts = (int32_t*)numbers;
+    float *scale = numbers + size, *shift = scale + size;
+    for (i64 s = 0; s * plan.deep < words; ++s)
+      for (i64 r = 0; r < plan.rows; ++r) {
+        const i64 here = s * plan.rows + r, word = s * plan.deep;
+        starts[here] = 0;
+#if defined(FASTLLM_BYTE_DOTS)
+        if (E::kFlip) starts[here] = -128 * byte_sum(weight + r * words + word,
+                                                     least(plan.deep, words - word));
+#endif
+        const i64 k = (at + word) * Plan<E>::kPer;
+        scale[here] = shift[here] = 0.0f;
+        if (!plan.grouped || r >= count || k >= p.w.k) continue;
+        const i64 index = scale_index(p.w, from + r, k);
+        scale[here] = scale_at(p.w.scales, p.w.scale_type, index);
+        if (p.w.zeros) shift[here] = (8.0f - zero_at(p.w, index)) * scale[here];
+      }
+  }
+
+  // ---- results
+
+  // Rows [from, from + count) of the weight by the tokens of a panel: sums [rows][cols].
+  __attribute__((noinline)) void finish(const float* sums, i64 from, i64 count, i64 token, const float* token_scales)
+      const {
+    const bool in_code = plan.grouped || p.w.group || two_a_byte(p.w.kind);
+    for (i64 n = 0; n < count; n += W) {
+      const int lanes = int(least(W, count - n));
+      Vec scale = set1(1.0f), bias = zero();
+      if (!in_code) {
+        alignas(64) float each[W] = {};
+        for (int i = 0; i < lanes; ++i)
+          each[i] = scale_at(p.w.scales, p.w.scale_type, scale_index(p.w, from + n + i, 0));
+        scale = load(each);
+      }
+      if (p.bias) bias = load((const T*)p.bias + from + n, lanes);
+      for (i64 j = 0; j < plan.cols && token + j < p.m; j += W) {
+        Vec block[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+          block[i] = load(sums + (n + i) * plan.cols + j);
+          if (E::kInteger && !plan.grouped) block[i] = to_float(bits_of(block[i]));
+        }
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+          if (token + j + i >= p.m) break;
+          Vec v = block[i] * scale;
+          if (E::kInteger) v = v * set1(token_scales[j + i]);
+          if (p.bias) v = v + bias;
+          store((T*)p.out + (token + j + i) * p.w.n + from + n, v, lanes);
+        }
+      }
+    }
+  }
+
+  // ---- a task: rows [from, from + plan.rows) by tokens [begin, end) of those packed from `first` on
+
+  __attribute__((noinline)) void task(i64 from, i64 first, i64 begin, i64 end, float* room) const {
+    [[maybe_unused]] const typename E::Session session;
+    const i64 count = least(plan.rows, p.w.n - from), size = plan.stretches() * plan.rows;
+    float *weight = room, *numbers = weight + plan.rows * plan.block, *sums = numbers + 3 * size;
+    for (i64 at = 0; at < plan.words; at += plan.block) {
+      const i64 words = least(plan.block, plan.words - at);
+      const bool last = at + words == plan.words;
+      decode(from, count, at, words, weight);
+      if (E::kInteger) weigh(from, count, at, words, weight, numbers);
+      for (i64 token = begin; token < end; token += plan.cols) {
+        const i64 panel = token / plan.cols;
+        const float* x = packed + panel * plan.cols * plan.words + at * plan.cols;
+        float* c = sums + (plan.block < plan.words ? (token - begin) * plan.rows : 0);
+        for (i64 s = 0; s * plan.deep < words; ++s) {
+          const i64 word = s * plan.deep, deep = least(plan.deep, words - word);
+          const float* total =
+              totals ? totals + (panel * all_stretches() + at / plan.deep + s) * plan.cols : nullptr;
+          for (i64 r = 0; r < plan.rows; r += E::kRows) {
+            if (r >= count) break;
+            const float* scale = numbers + size + s * plan.rows + r;
+            E::multiply(deep, weight + r * words, words, word, x, plan.cols,
+                        {(const int32_t*)numbers + s * plan.rows + r,
+                         plan.grouped ? scale : nullptr, p.w.zeros ? scale + size : nullptr, total},
+                        c + r * plan.cols, at + word > 0);
+          }
+        }
+        if (last) finish(c, from, count, first + token, scales + panel * plan.cols);
+      }
+    }
+  }
+
+  void run(int threads) {
+    for (i64 first = 0; first < p.m; first += plan.chunk) {
+      const i64 tokens = least(plan.chunk, p.m - first), panels = ceil_div(tokens, plan.cols);
+      parallel_for(panels, useful_threads(tokens * p.w.k * i64(sizeof(T)), threads),
+                   [&](i64 panel) { pack(first, panel); });
+      const i64 down = ceil_div(p.w.n, plan.rows), across = ceil_div(tokens, plan.tokens);
+      i64 next = 0;
+      const Scratch scratch(plan.room() * threads);
+      parallel_for(threads, threads, [&](i64 thread) {
+        float* room = scratch.data() + plan.room() * thread;
+        for (;;) {
+          const i64 i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+          if (i >= down * across) return;
+          const i64 begin = i / down * plan.tokens;
+          task(i % down * plan.rows, first, begin, least(tokens, begin + plan.tokens), room);
+        }
+      });
+    }
+  }
+};
+
+template <class E, class T>
+APART void run_blocks(const Product& p, int threads) {
+  const Plan<E> plan(p, threads);
+  const i64 chunk = ceil_div(least(plan.chunk, p.m), plan.cols) * plan.cols;
+  const i64 stretches = E::kInteger && p.w.zeros ? ceil_div(plan.words, plan.deep) : 0;
+  const Scratch scratch(chunk * (plan.words + 1 + stretches) + 64);
+  float *packed = scratch.data(), *scales = packed + chunk * plan.words, *totals = scales + chunk;
+  Blocks<E, T>{p, plan, packed, scales, stretches ? totals : nullptr}.run(threads);
+}
+
+template <class T>
+void blocks(const Product& p, int threads) {
+  if (p.activations != kFloat) {
+#if defined(FASTLLM_TILES)
+    if (!p.w.group && p.w.kind == kInt8 && p.w.k <= kLongestInt32)
+      return run_blocks<ByteTiles, T>(p, threads);
+#endif
+    return run_blocks<Integers, T>(p, threads);
+  }
+  if constexpr (std::is_same_v<T, bf16>)
+    run_blocks<Floats16, T>(p, threads);
+  else
+    run_blocks<Floats32, T>(p, threads);
+}

@@ -1,0 +1,204 @@
+// A few tokens: each row of codes is read once, decoded in registers, at the speed of memory.
+
+constexpr i64 kThinTokens = 4, kThinRows = 16;  // rows of the weight a task
+
+// The tokens of a thin product with int8 activations.
+struct ThinCodes {
+  const int8_t* codes;  // [M][width]
+  i64 width;
+  const int32_t* sums;  // [M][groups]: of the codes of each `group` elements
+  i64 group;
+  const float* scales;  // [M]
+};
+
+// out[M] = one row of the weight times M tokens of `width` floats.
+template <int M, class C>
+APART void thin_floats(const Weight& w, i64 row, const float* x, i64 width, float* out) {
+  const bool in_code = w.group != 0 || std::is_same_v<C, Nibbles>;
+  Vec sum[M][2][kHalf / W];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * kHalf / W; ++i) sum[m][i % 2][i / 2] = zero();
+  const auto add = [&](const uint8_t* p, i64 i, const auto& s, int chain) INLINE_LAMBDA {
+    HalfOf v;
+    if (in_code)
+      C::template values<true>(s, p, v);
+    else
+      C::template values<false>(s, p, v);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int j = 0; j < kHalf / W; ++j)
+        sum[m][chain][j] = fma(v[j], load(x + m * width + i + j * W), sum[m][chain][j]);
+  };
+  each_half<C>(w, row, 0, width, [&](const uint8_t* p, i64 i, const auto& s) INLINE_LAMBDA {
+    __builtin_prefetch((const void*)(uintptr_t(p) + 1024));
+    if (i & kHalf)
+      add(p, i, s, 1);
+    else
+      add(p, i, s, 0);
+  });
+  const float scale = in_code ? 1.0f : scale_at(w.scales, w.scale_type, scale_index(w, row, 0));
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    Vec total = zero();
+#pragma GCC unroll 8
+    for (int j = 0; j < kHalf / W; ++j) total = total + (sum[m][0][j] + sum[m][1][j]);
+    out[m] = hsum(total) * scale;
+  }
+}
+
+// Adds to sum the products of kHalf codes of a row with those of a token.
+INLINE IntVec dot_half(const int8_t* w, const int8_t* x, IntVec sum) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kHalf; i += 2 * W)
+    sum = dot_shorts(bytes_as_shorts(w + i), bytes_as_shorts(x + i), sum);
+  return sum;
+}
+
+template <int M, class C>
+APART void thin_integers(const Weight& w, i64 row, const ThinCodes& x, float* out) {
+  const i64 group = x.group, groups = ceil_div(w.k, group);
+  float total[M] = {};
+  for (i64 g = 0; g < groups; ++g) {
+    IntVec sum[M] = {};
+    const i64 from = g * group, count = least(group, w.k - from);
+    each_half<C>(w, row, from, count, [&](const uint8_t* p, i64 i, const auto&) INLINE_LAMBDA {
+      alignas(64) int8_t bytes[kHalf];
+      if (std::is_same_v<C, Nibbles>) {
+        nibbles_as_bytes(p, bytes);
+        p = (const uint8_t*)bytes;
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m)
+        sum[m] = dot_half((const int8_t*)p, x.codes + m * x.width + from + i, sum[m]);
+    });
+    const i64 at = scale_index(w, row, from);
+    const float scale = scale_at(w.scales, w.scale_type, at), zero = zero_at(w, at) - 8.0f;
+    for (int m = 0; m < M; ++m) {
+      float part = float(sum_words(sum[m]));
+      if (w.zeros) part -= zero * float(x.sums[m * groups + g]);
+      total[m] += part * scale;
+    }
+  }
+  for (int m = 0; m < M; ++m) out[m] = total[m] * x.scales[m];
+}
+
+#if defined(FASTLLM_BYTE_DOTS)
+#include "cpu/kernels/qgemm_thin_dots.inl"
+#endif
+
+// What a thin product has made of its tokens.
+struct Thin {
+  const float* values;  // [M][width], of kFloat
+  ThinCodes codes;      // of the others
+#if defined(FASTLLM_BYTE_DOTS)
+  Dealt dealt;  // values null: not dealt out
+#endif
+};
+
+template <int M, class C>
+INLINE void thin_row(const Product& p, const Thin& x, i64 row, float* out) {
+#if defined(FASTLLM_BYTE_DOTS)
+  if constexpr (std::is_same_v<C, Nibbles>) {
+    if (x.dealt.values && p.activations == kFloat)
+      return thin_nibbles<M, NibblesByPairs>(p.w, row, x.dealt, out);
+    if (x.dealt.values) return thin_nibbles<M, NibblesByCodes>(p.w, row, x.dealt, out);
+  }
+  if constexpr (std::is_same_v<C, Int8Codes>)
+    if (p.activations != kFloat && !p.w.group && p.w.k <= kLongestInt32)
+      return thin_bytes<M>(p.w, row, x.codes, out);
+#endif
+  if (p.activations == kFloat) return thin_floats<M, C>(p.w, row, x.values, x.codes.width, out);
+  if constexpr (std::is_same_v<C, Int8Codes> || std::is_same_v<C, Nibbles>)
+    thin_integers<M, C>(p.w, row, x.codes, out);
+}
+
+// Rows [from, from + count) of the weight: out [M][kThinRows].
+template <int M>
+APART void thin_rows(const Product& p, const Thin& x, i64 from, i64 count, float* out) {
+  with_kind(p.w.kind, [&](auto kind) {
+    for (i64 r = 0; r < count; ++r) {
+      float row[M] = {};
+      thin_row<M, decltype(kind)>(p, x, from + r, row);
+      for (int m = 0; m < M; ++m) out[m * kThinRows + r] = row[m];
+    }
+  });
+}
+
+template <class T>
+INLINE void finish_thin(const Product& p, const float* sums, i64 from, i64 count) {
+  for (i64 m = 0; m < p.m; ++m)
+    for (i64 j = 0; j < count; j += W) {
+      const int n = int(least(W, count - j));
+      Vec v = load(sums + m * kThinRows + j);
+      if (p.bias) v = v + load((const T*)p.bias + from + j, n);
+      store((T*)p.out + m * p.w.n + from + j, v, n);
+    }
+}
+
+// A token as fp32, zeros behind it.
+template <class T>
+APART void widen_token(const T* x, i64 k, i64 width, float* out) {
+  i64 i = 0;
+  for (; i + W <= k; i += W) store(out + i, load(x + i));
+  if (i < k) store(out + i, load(x + i, int(k - i)));
+  for (i = ceil_div(k, W) * W; i < width; i += W) store(out + i, zero());
+}
+
+template <class T>
+APART void thin(const Product& p, int threads) {
+  const i64 width = ceil_div(p.w.k, 128) * 128;
+  const i64 group = p.w.group ? p.w.group : least(p.w.k, kLongestInt32);
+  const i64 groups = ceil_div(p.w.k, group), blocks = width / 128;
+  const bool integers = p.activations != kFloat;
+  // values or codes, sums of groups, scales; and as much again for what is dealt out
+  const Scratch scratch(p.m * (width + groups + 1) + p.m * (width + blocks * 16) + 64);
+  float *x = scratch.data(), *scales = x + ceil_div(p.m * width, 16) * 16;
+  int32_t* sums = (int32_t*)(scales + p.m);
+  int8_t* codes = (int8_t*)x;
+  for (i64 m = 0; m < p.m; ++m) {
+    const T* from = (const T*)p.x + m * p.x_row;
+    scales[m] = 1.0f;
+    if (!integers) {
+      widen_token(from, p.w.k, width, x + m * width);
+      continue;
+    }
+    const float* given = p.activations == kStatic ? &p.act_scale : nullptr;
+    scales[m] = quantize_token(from, p.w.k, width, given, codes + m * width);
+    for (i64 g = 0; g < groups; ++g) {
+      int32_t sum = 0;
+      for (i64 i = g * group; i < least(p.w.k, (g + 1) * group); ++i) sum += codes[m * width + i];
+      sums[m * groups + g] = sum;
+    }
+  }
+  Thin tokens{};
+  tokens.values = x;
+  tokens.codes = {codes, width, sums, group, scales};
+#if defined(FASTLLM_BYTE_DOTS)
+  float* dealt = scales + ceil_div(p.m * (groups + 1), 16) * 16;
+  tokens.dealt = {nullptr, dealt + p.m * width, scales, blocks};
+  if (dealable(p.w) && (integers || std::is_same_v<T, bf16>)) {
+    tokens.dealt.values = dealt;
+    for (i64 m = 0; m < p.m; ++m) {
+      float* held = dealt + p.m * width + m * width / 8;
+      if (integers)
+        deal_codes(codes + m * width, blocks, (int8_t*)dealt + m * width, held);
+      else if constexpr (std::is_same_v<T, bf16>)
+        if (!deal_pairs((const bf16*)p.x + m * p.x_row, p.w.k, blocks, (bf16*)dealt + m * width,
+                        held))
+          tokens.dealt.values = nullptr;
+    }
+  }
+#endif
+  parallel_for(ceil_div(p.w.n, kThinRows), threads, [&](i64 task) {
+    const i64 from = task * kThinRows, count = least(kThinRows, p.w.n - from);
+    alignas(64) float out[kThinTokens * kThinRows] = {};
+    if (p.m == 1) thin_rows<1>(p, tokens, from, count, out);
+    if (p.m == 2) thin_rows<2>(p, tokens, from, count, out);
+    if (p.m == 3) thin_rows<3>(p, tokens, from, count, out);
+    if (p.m == 4) thin_rows<4>(p, tokens, from, count, out);
+    finish_thin<T>(p, out, from, count);
+  });
+}
