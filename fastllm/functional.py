@@ -34,6 +34,7 @@ from fastllm.ops.preference import (
     sequence_log_probs,
     simpo_loss,
 )
+from fastllm.ops.quant_linear import quant_linear
 from fastllm.ops.rotary import rotary_embedding, rotary_embedding_
 from fastllm.ops.softmax import log_softmax, softmax
 
@@ -67,6 +68,7 @@ __all__ = [
     "moe_route",
     "moe_unpermute",
     "orpo_loss",
+    "quant_linear",
     "relu2",
     "rms_norm",
     "rotary_embedding",

@@ -346,7 +346,7 @@ def serves(rows: Callable[..., str | None]) -> Callable[..., str | None]:
     return why_not
 
 
-BACKENDS = [
+BACKENDS: list[Backend] = [
     Backend("cpu", *functions(cpu), serves(cpu.BACKENDS["cross_entropy"].supports)),
     Backend(
         "triton",
