@@ -80,6 +80,23 @@ def elementwise(dtype):
     yield from record(rotate, heads, heads, part, part, 64, False, False)
 
 
+def quants(dtype, exhaustive):
+    """Launches of quantize and dequantize, in every format where that is asked for."""
+    from fastllm.kernels.aot import meta, record
+    from fastllm.kernels.quant import dequantize, quantize
+
+    from fastllm.ops.quant import layout, spec
+    from fastllm.ops.quant.cases import FORMATS
+
+    sample = [(0, 0, True), (1, 32, False), (2, 64, True), (4, -128, True), (6, 32, True)]
+    for code, group, symmetric in FORMATS if exhaustive else sample:
+        x = meta(4096, 4096, dtype=dtype)
+        codes, scales, zeros = spec.fake_quantize(x, code, group, symmetric)
+        zeros, values = zeros if zeros.numel() else None, layout.TABLES.get(code)
+        yield from record(quantize, x, codes, scales, zeros, code, group, values)
+        yield from record(dequantize, codes, scales, zeros, x, code, group, values)
+
+
 @functools.cache
 def launches(exhaustive):
     """Everything to compile, each specialization once, with the targets it is compiled for."""
@@ -107,7 +124,7 @@ def launches(exhaustive):
         for launch in group_norms(shape, groups, dtype):
             found.setdefault(launch, {}).update(dict.fromkeys(targets))
     for dtype in (BF16, FP32) if exhaustive else (BF16,):
-        for launch in elementwise(dtype):
+        for launch in itertools.chain(elementwise(dtype), quants(dtype, exhaustive)):
             found.setdefault(launch, {}).update(dict.fromkeys(TARGETS))
     return [(launch, target) for launch, targets in found.items() for target in targets]
 

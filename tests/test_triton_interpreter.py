@@ -20,17 +20,25 @@ inside = pytest.mark.skipif(not HERE, reason="runs in the process with TRITON_IN
 
 
 MOST_OPERATIONS = 100_000  # of attention, whose time is not that of its tensors' sizes
+MOST_CODES = 2000  # of quantize and dequantize, but for these, of more than one block or pass:
+LARGER = ("int8-row-3x4097", "int8-tensor-3x4097", "fp8_e4m3-block128-130x259")
+# the same kinds in groups of other sizes
+REPEATED = ("int8-g32", "int4-g128", "fp8_e4m3-g64", "fp8_e4m3-tensor")
 
 
 def interpretable(op, case):
     """Whether a case is Triton's to serve, and small enough to be run value by value."""
     if case.dtype not in (torch.float32, torch.float16) or "triton" not in op.backends:
         return False
+    if op.family == "quant" and ("bench" in case.tags or case.name.startswith(REPEATED)):
+        return False  # before bench's large tensors are quantized
     args = case.args()
     tensors = [args[i] for i in op.tensors if args[i] is not None]
     if op.family == "attention" and op.cost(*args).forward_flops > MOST_OPERATIONS:
         return False
-    return all(t.dtype != torch.bfloat16 and t.numel() <= 40_000 for t in tensors)
+    few = op.family == "quant" and not case.name.startswith(LARGER)
+    most = MOST_CODES if few else 40_000
+    return all(t.dtype != torch.bfloat16 and t.numel() <= most for t in tensors)
 
 
 CASES = [

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from fastllm.core.dispatch import define
-from fastllm.ops.quant import cpu, reference, spec, stock
+from fastllm.ops.quant import cpu, reference, spec, stock, triton
 from fastllm.ops.quant.cases import dequantize_cases, quantize_cases
 
 quantize_op = define(
     "quantize",
-    (cpu.BACKENDS["quantize"], stock.BACKENDS["quantize"]),
+    (cpu.BACKENDS["quantize"], triton.BACKENDS["quantize"], stock.BACKENDS["quantize"]),
     reference,
     family="quant",
     schema=spec.QUANTIZE,
@@ -30,7 +30,7 @@ quantize_op = define(
 )
 dequantize_op = define(
     "dequantize",
-    (cpu.BACKENDS["dequantize"], stock.BACKENDS["dequantize"]),
+    (cpu.BACKENDS["dequantize"], triton.BACKENDS["dequantize"], stock.BACKENDS["dequantize"]),
     reference,
     family="quant",
     schema=spec.DEQUANTIZE,

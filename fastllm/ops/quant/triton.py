@@ -1,0 +1,94 @@
+"""quantize and dequantize in Triton: fastllm.kernels.quant, imported by the first call."""
+
+import importlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllm.core.backend import Backend
+from fastllm.ops.norm.gpu import DTYPES, MAX_COLS
+from fastllm.ops.norm.triton import _interpreted, available
+from fastllm.ops.quant import layout, reference, spec
+from fastllm.ops.quant.cpu import groups_fit
+
+MAX_BLOCK = 128
+
+
+def _kernels() -> Any:
+    return importlib.import_module("fastllm.kernels.quant")
+
+
+def quantize(
+    input: Tensor, code: int, group: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales, zeros = spec.fake_quantize(input, code, group, symmetric)
+    if not input.numel():
+        return codes, scales.zero_(), zeros.zero_()
+    given = None if symmetric else zeros
+    _kernels().quantize(
+        input.contiguous(), codes, scales, given, code, group, layout.TABLES.get(code)
+    )
+    return codes, scales, zeros
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    code: int,
+    group: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = codes.new_empty((*codes.shape[:-1], k), dtype=dtype)
+    given = zeros.contiguous() if zeros.numel() else None
+    _kernels().dequantize(
+        codes.contiguous(), scales.contiguous(), given, out, code, group, layout.TABLES.get(code)
+    )
+    return out
+
+
+def _place(tensor: Tensor) -> str | None:
+    allowed = ("cpu",) if _interpreted() else ("cuda", "xpu")
+    if tensor.device.type not in allowed:
+        return f"{tensor.device.type} tensors"
+    rows = math.prod(tensor.shape[:-1])
+    if tensor.shape[-1] > MAX_COLS or rows >= 2**31:
+        return f"{rows} rows of {tensor.shape[-1]} values"
+    return None
+
+
+def _supports_quantize(input: Tensor, code: int, group: int, symmetric: bool) -> str | None:
+    if input.dtype not in DTYPES:
+        return f"{input.dtype} input: computed by torch"
+    if group < -MAX_BLOCK:
+        return f"blocks of {-group}: computed by torch"
+    return _place(input) or groups_fit(code, group)
+
+
+def _supports_dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    code: int,
+    group: int,
+    k: int,
+    dtype: torch.dtype,
+) -> str | None:
+    if dtype not in DTYPES or scales.dtype not in (*DTYPES, torch.uint8):
+        return f"{dtype} from {scales.dtype} scales: computed by torch"
+    if scales.device != codes.device or zeros.device != codes.device:
+        return f"scales on {scales.device} with codes on {codes.device}"
+    return _place(codes) or groups_fit(code, group)
+
+
+BACKENDS: dict[str, Backend] = {
+    "quantize": Backend(
+        "triton", quantize, reference.quantize_backward, _supports_quantize, available
+    ),
+    "dequantize": Backend(
+        "triton", dequantize, reference.dequantize_backward, _supports_dequantize, available
+    ),
+}
