@@ -19,7 +19,7 @@ EXPECTED = {
     "phi3": "5 norms, 9 linears, 1 embedding, 2 activations; fused 2 residual additions, "
     "2 MLPs, 2 rotary embeddings, 2 attention functions",
     "mixtral": "5 norms, 9 linears, 1 embedding, 2 activations; fused 2 residual additions, "
-    "2 rotary embeddings, 2 attention functions",
+    "2 mixtures of experts, 2 rotary embeddings, 2 attention functions",
     "gpt2": "5 norms, 9 linears, 2 embeddings, 2 activations; fused 2 residual additions, "
     "2 MLPs, 2 attention functions",
     "bert": "6 norms, 14 linears, 3 embeddings, 3 activations; fused 5 residual additions, "

@@ -197,7 +197,7 @@ def run_python(code, tmp_path):
         text=True,
         cwd=tmp_path,
         env=environment | {"PYTHONPATH": path},
-        timeout=300,
+        timeout=600,
     )
     return done, log.read_text() if log.exists() else ""
 

@@ -76,7 +76,7 @@ def test_budget_ends_a_run_that_never_settles():
     begin = time.perf_counter()
     found = interleave({"a": spin(1), "b": spin(1)}, budget=0.15, min_rounds=3, stable=0.0)
     assert found.rounds >= 3
-    assert time.perf_counter() - begin < 3
+    assert time.perf_counter() - begin < 10
 
 
 def test_tick_reaches_the_end():

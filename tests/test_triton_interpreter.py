@@ -1,6 +1,6 @@
-"""Triton kernels in Triton's interpreter, on the CPU: a process of its own, started by the first
-test here. float32 and float16; the interpreter truncates in casts to bfloat16 (test_triton_compile
-and test_gpu cover that)."""
+"""Triton kernels in Triton's interpreter, on the CPU: in processes of their own, which the first
+tests here start. float32 and float16; the interpreter truncates in casts to bfloat16
+(test_triton_compile and test_gpu cover that)."""
 
 import os
 import re
@@ -16,6 +16,7 @@ from fastllm.core.op import OPS
 from fastllm.core.proof import prove
 
 HERE = os.environ.get("TRITON_INTERPRET") == "1"
+PARTS = 4  # processes, for as many cores
 inside = pytest.mark.skipif(not HERE, reason="runs in the process with TRITON_INTERPRET=1")
 
 
@@ -49,16 +50,22 @@ CASES = [
 ]
 
 
-@pytest.mark.skipif(HERE, reason="this is that process")
-def test_kernels_in_the_interpreter():
-    """Runs the rest of this file with the interpreter on."""
+@pytest.mark.skipif(HERE, reason="these are those processes")
+@pytest.mark.parametrize("part", range(PARTS))
+def test_kernels_in_the_interpreter(part):
+    """Runs a part of the rest of this file with the interpreter on."""
     triton = tuple(map(int, version("triton").split(".")[:2]))
     numpy = tuple(map(int, version("numpy").split(".")[:2]))
     if triton < (3, 7) and numpy >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 cannot loop to a tensor's value on NumPy 2.4")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "FASTLLM_TEST_PART": f"{part}/{PARTS}",
+        },
         capture_output=True,
         text=True,
     )

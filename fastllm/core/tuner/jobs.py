@@ -71,7 +71,9 @@ def jobs_of(sightings: Iterable[Sighting], device: str, threads: int | None = No
 def _worth_it(op: Op, args: tuple) -> bool:
     """Whether there is something in it, and more than one way to run it."""
     tensors = [args[i] for i in op.tensors if isinstance(args[i], Tensor)]
-    return all(t.numel() for t in tensors) and len(rivals(op, args)) > 1
+    # an empty vector stands for none: zero points that a format does not have
+    full = all(t.numel() or t.shape == (0,) for t in tensors)
+    return full and len(rivals(op, args)) > 1
 
 
 def rivals(op: Op, args: tuple) -> list[Backend]:
