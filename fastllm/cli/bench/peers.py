@@ -107,7 +107,13 @@ PEERS = (
         },
     ),
     Peer("deepspeed", "0.19.8", "deepspeed", "cpu"),
-    Peer("torchao", "0.18.0", "torchao", None, nothing="quantized linears: compared with torch's own only"),
+    Peer(
+        "torchao",
+        "0.18.0",
+        "torchao",
+        None,
+        nothing="quantized linears: compared with torch's own only",
+    ),
     Peer(
         "bitsandbytes",
         "0.50.2",
