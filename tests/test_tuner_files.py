@@ -62,6 +62,16 @@ def test_kernel_sources_are_told_apart():
     assert facts.source_hash("norm", "cuda") not in (norm, facts.source_hash("other", "cuda"))
 
 
+def test_every_part_of_a_kernel_counts(monkeypatch):
+    def hashed(**sources):
+        monkeypatch.setattr(facts, "_triton_sources", lambda: sources)
+        return facts.source_hash.__wrapped__("attention", "cuda")
+
+    before = hashed(attention="a", attention_decode="b", norm="c")
+    assert hashed(attention="a", attention_decode="changed", norm="c") != before
+    assert hashed(attention="a", attention_decode="b", norm="changed") == before
+
+
 def test_entries_of_another_version_are_in_another_file(tuned, monkeypatch):
     before = table.user_path("cpu")
     monkeypatch.setattr(facts, "_cpu", lambda isa: {"isa": isa, "torch": "9.9"})

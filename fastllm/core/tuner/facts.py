@@ -87,16 +87,12 @@ def _cpu_model(path: str = "/proc/cpuinfo") -> str:
 
 # families whose kernels are not named after them; (): Python code in the family's cpu.py
 _KERNELS = {
-    ("matmul", "cpu"): ("gemm", "gemm_epilogue", "gemm_micro", "gemm_pack", "gemm_thin"),
-    ("matmul", "cuda"): ("matmul", "matmul_backward", "matmul_configs"),
+    ("matmul", "cpu"): ("gemm",),
     ("activation", "cpu"): ("activation", "elementwise"),
     ("grouped", "cpu"): (),
     ("moe", "cpu"): (),
     ("loss", "cpu"): ("loss", "distill"),
-    ("quant_linear", "cpu"): (
-        *(f"qgemm{part}" for part in ("", "_activations", "_blocks", "_decode", "_engines")),
-        *(f"qgemm{part}" for part in ("_micro", "_thin", "_thin_dots")),
-    ),
+    ("quant_linear", "cpu"): ("qgemm",),
     ("quant_linear", "cuda"): ("quant_matmul",),
 }
 
@@ -105,8 +101,9 @@ _KERNELS = {
 def source_hash(family: str, kind: str) -> str:
     """A hash of the kernels of a family of ops for devices of this kind ("cpu" or a GPU's).
 
-    Kernels are found by name: norm's are in norm.* and group_norm.*, or in the list above. Where
-    no file is known, every kernel counts.
+    Kernels are found by name: norm's are in norm.* and group_norm.*, attention's in attention.*
+    and attention_forward.*; the list above has other names. Where no file is known, every kernel
+    counts.
     """
     named = _KERNELS.get((family, kind))
     if named == ():
@@ -114,7 +111,9 @@ def source_hash(family: str, kind: str) -> str:
         return hashlib.sha256(code).hexdigest()[:12]
     pairs = [p.split(":") for p in _C.sources.split(",") if p]
     hashes = dict(pairs) if kind == "cpu" else _triton_sources()
-    mine = named or {n for n in hashes if n == family or n.endswith(f"_{family}")} or {*hashes}
+    mine = {n for n in hashes for stem in named or (family,) if f"_{stem}_" in f"_{n}_"} or {
+        *hashes
+    }
     text = repr(sorted((n, h) for n, h in hashes.items() if n in mine))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
