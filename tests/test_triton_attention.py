@@ -89,7 +89,7 @@ def atomic(width):
         attention_backward.attention_bwd, x.q, None, x, options, x.q, meta(*x.q.shape[:-1]), needs,
         {**default, "atomic": True},
     ):  # fmt: skip
-        yield launch, ("red.relaxed",) if "dkdv" in launch.kernel.__name__ else ()
+        yield launch, ("atom.global",) if "dkdv" in launch.kernel.__name__ else ()
 
 
 def decode(arch, dtype):
@@ -178,7 +178,7 @@ def test_kernels_compile_everywhere(request):
 def test_configs_to_try_fit_the_chip(chip, dtype):
     from fastllm.kernels import attention_configs as configs
 
-    for width in (16, 64, 128, 256):
+    for width in (16, 64, 128):  # wider ones may have the default only
         forward = configs.forward_configs(chip, dtype, width, width, 2048)
         backward = configs.backward_configs(chip, dtype, width, width)
         assert forward and backward
