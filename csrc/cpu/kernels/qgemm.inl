@@ -12,6 +12,10 @@
 
 #include "cpu/kernels/qgemm_decode.inl"
 
+#if defined(FASTLLM_BYTE_DOTS)
+#include "cpu/kernels/qgemm_dealt.inl"
+#endif
+
 #include "cpu/kernels/qgemm_activations.inl"
 
 #include "cpu/kernels/qgemm_micro.inl"
