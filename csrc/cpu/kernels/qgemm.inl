@@ -12,11 +12,11 @@
 
 #include "cpu/kernels/qgemm_decode.inl"
 
+#include "cpu/kernels/qgemm_activations.inl"
+
 #if defined(FASTLLM_BYTE_DOTS)
 #include "cpu/kernels/qgemm_dealt.inl"
 #endif
-
-#include "cpu/kernels/qgemm_activations.inl"
 
 #include "cpu/kernels/qgemm_micro.inl"
 

@@ -84,63 +84,73 @@ APART void pack_dealt(const bf16* x, i64 row, i64 rows, i64 k, i64 words, int wi
 
 // ---- a few tokens
 
-// Tokens as nibbles meet them, and the sums of their groups.
+// Tokens as integers: each block is digits of 7 bits, the largest first, in units of a power of two.
+// bf16 and float16 are exact so, but for numbers far below the largest of their 128, whose error is
+// 2^-21 of that; for float32 it is 2^-28.
+template <class T>
+constexpr int digits_of() {
+  return sizeof(T) == 4 ? 4 : 3;
+}
+
+// What tokens have become: int8 (D = 1), or D digits, and the sums of their groups.
 struct Dealt {
   const Lanes* lanes;
-  const void* values;   // of a token: blocks of 128, in the order of the dots below; null: none
+  const void* values;   // [M][blocks][D][128]: digits, or [M][blocks][8][16] floats; null: none
+  const int32_t* sums;  // [M][blocks][1 or 2][16] of the integers of each word, by halves if D = 4
+  const float* units;   // [M][blocks]
   const float* held;    // [M][stretches][16]: the sum over each group of a stretch
   const float* scales;  // [M]
   i64 blocks;           // of a token
 };
 
-// Dots: block() makes the sums, word by word, of a block's numbers times a token's.
+// Bytes (unsigned a, b) times the 128 of each digit: D = 4 in two halves, so that int32 holds them.
+template <int D>
+INLINE void dot_digits(IntVec a, IntVec b, const int8_t* digits, IntVec (&out)[2]) {
+  constexpr int kFirst = D == 4 ? 2 : D;
+#pragma GCC unroll 2
+  for (int h = 0; h < (D == 4 ? 2 : 1); ++h) {
+    IntVec sum{};
+#pragma GCC unroll 4
+    for (int d = 0; d < kFirst; ++d, digits += kDealt) {
+      if (d) sum = sum << 7;
+      sum = dot_bytes(a, load_words(digits), sum);
+      sum = dot_bytes(b, load_words(digits + 64), sum);
+    }
+    out[h] = sum;
+  }
+}
+template <int D>
+INLINE Vec joined(const IntVec (&sum)[2]) {
+  const Vec high = to_float(sum[0]);
+  return D == 4 ? fma(high, set1(16384.0f), to_float(sum[1])) : high;
+}
 
-// int8 by unsigned nibbles. Tokens: the even elements of a block, then the odd ones.
-struct NibblesByCodes {
-  using Token = int8_t;
-  static constexpr float kBase = 0.0f;  // the nibble that stands for nothing
-  explicit INLINE_MEMBER NibblesByCodes(int) {}
+// Dots: block() makes the sums, word by word, of a block's numbers times a token's; int4 is less 8.
+
+// Unsigned nibbles by digits; even elements of a block come first, then the odd ones.
+template <int D>
+struct NibblesByDigits {
+  explicit INLINE_MEMBER NibblesByDigits(int) {}
   template <int M>
   INLINE_MEMBER void block(IntVec v, const Dealt& x, i64 b, Vec (&out)[M]) const {
+    constexpr int kHalves = D == 4 ? 2 : 1;
     const IntVec even = low_nibbles(v), odd = low_nibbles(v >> 4);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      const int8_t* codes = (const int8_t*)x.values + (m * x.blocks + b) * kDealt;
-      const IntVec first = dot_bytes(even, load_words(codes), IntVec{});
-      out[m] = to_float(dot_bytes(odd, load_words(codes + 64), first));
+      const i64 at = m * x.blocks + b;
+      IntVec sum[2] = {};
+      dot_digits<D>(even, odd, (const int8_t*)x.values + at * D * kDealt, sum);
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h)
+        sum[h] = sum[h] - load_words(x.sums + (at * kHalves + h) * W);
+      out[m] = joined<D>(sum);
+      if (D > 1) out[m] = out[m] * set1(x.units[at]);
     }
   }
-  static constexpr i64 place(int i, int j) { return j % 2 * 64 + 4 * i + j / 2; }
 };
 
-// bf16 by numbers rounded to bf16. Tokens: pairs of elements j and j + 4 of each word.
-struct NibblesByPairs {
-  using Token = bf16;
-  static constexpr float kBase = 8.0f;
-  PairTable table;
-  explicit INLINE_MEMBER NibblesByPairs(int kind) : table(pair_table(numbers_of(kind))) {}
-  template <int M>
-  INLINE_MEMBER void block(IntVec v, const Dealt& x, i64 b, Vec (&out)[M]) const {
-    Vec n[4];
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) n[s] = lookup_pairs(table, v >> (4 * s));
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const bf16* values = (const bf16*)x.values + (m * x.blocks + b) * kDealt;
-      Vec sum[2] = {zero(), zero()};
-#pragma GCC unroll 4
-      for (int s = 0; s < 4; ++s)
-        sum[s % 2] = dot_pairs(n[s], load((const float*)(values + 32 * s)), sum[s % 2]);
-      out[m] = sum[0] + sum[1];
-    }
-  }
-  static constexpr i64 place(int i, int j) { return j % 4 * 32 + 2 * i + j / 4; }
-};
-
-// fp32. Tokens: element j of each word.
+// fp32: element j of each word, for numbers that are no integers.
 struct NibblesByFloats {
-  using Token = float;
-  static constexpr float kBase = 8.0f;
   Table table;
   explicit INLINE_MEMBER NibblesByFloats(int kind) : table(numbers_of(kind)) {}
   template <int M>
@@ -159,7 +169,6 @@ struct NibblesByFloats {
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) out[m] = sum[m][0] + sum[m][1];
   }
-  static constexpr i64 place(int i, int j) { return 16 * j + i; }
 };
 
 // out[M] = one row of the weight times M tokens.
@@ -169,15 +178,13 @@ INLINE void thin_nibbles(const Weight& w, const Dot& dot, i64 row, const Dealt& 
   const uint8_t* p = w.codes + row * w.row;
   const i64 bytes = (w.k + 1) / 2, first = scale_index(w, row, 0);
   const i64 stretches = ceil_div(x.blocks, 4);
-  const bool centred = Dot::kBase == 8.0f && !w.zeros;
   Vec total[M], apart[M];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) total[m] = apart[m] = zero();
   for (i64 s = 0; s < stretches; ++s) {
     const Vec scales = lanes.of(w.scales, w.scale_type, first, s);
-    if (!centred) {
-      const Vec zeros = w.zeros ? lanes.of(w.zeros, w.scale_type, first, s) : set1(8.0f);
-      const Vec worth = (set1(Dot::kBase) - zeros) * scales;
+    if (w.zeros) {
+      const Vec worth = (set1(8.0f) - lanes.of(w.zeros, w.scale_type, first, s)) * scales;
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m)
         apart[m] = fma(worth, load(x.held + (m * stretches + s) * W), apart[m]);
@@ -206,36 +213,98 @@ INLINE void thin_nibbles(const Weight& w, const Dot& dot, i64 row, const Dealt& 
   for (int m = 0; m < M; ++m) out[m] = hsum(total[m] + apart[m]) * x.scales[m];
 }
 
-INLINE float plain_number(float x) { return x; }
-INLINE float plain_number(int8_t x) { return float(x); }
-INLINE float plain_number(bf16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float number;
-  __builtin_memcpy(&number, &bits, 4);
-  return number;
+// One row of int8 with one scale times M tokens of D digits: w + 128 is the unsigned side.
+template <int M, int D>
+INLINE void thin_bytes_by_digits(const Weight& w, i64 row, const Dealt& x, float* out) {
+  constexpr int kHalves = D == 4 ? 2 : 1;
+  const uint8_t* p = w.codes + row * w.row;
+  const IntVec flip = IntVec{} + int32_t(0x80808080);
+  Vec total[M];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) total[m] = zero();
+  const auto block = [&](i64 b, IntVec first, IntVec second) INLINE_LAMBDA {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const i64 at = m * x.blocks + b;
+      IntVec sum[2] = {};
+      dot_digits<D>(first ^ flip, second ^ flip, (const int8_t*)x.values + at * D * kDealt, sum);
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h)
+        sum[h] = sum[h] - load_words(x.sums + (at * kHalves + h) * W);
+      total[m] = fma(joined<D>(sum), set1(x.units[at]), total[m]);
+    }
+  };
+  i64 b = 0;
+  for (; (b + 1) * kDealt <= w.k; ++b, p += kDealt) {
+    __builtin_prefetch((const void*)(uintptr_t(p) + 2048));
+    __builtin_prefetch((const void*)(uintptr_t(p) + 2112));
+    block(b, load_words(p), load_words(p + 64));
+  }
+  if (b < x.blocks) block(b, load_codes(p, w.k - b * kDealt), load_codes(p + 64, w.k - b * kDealt - 64));
+  const float scale = scale_at(w.scales, w.scale_type, scale_index(w, row, 0));
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) out[m] = hsum(total[m]) * scale;
 }
 
-// One token of k numbers, dealt out for Dot; held: its groups' sums. False where numbers are not
-// finite, or so large that a zero's part, taken away again, would leave a trace.
-template <class Dot, class T>
-APART bool deal(const T* x, i64 k, i64 blocks, const Lanes& lanes, typename Dot::Token* out,
-                float* held) {
-  bool small = true;
-  for (i64 i = 0; i < ceil_div(blocks, 4) * W; ++i) held[i] = 0.0f;
-  for (i64 b = 0; b < blocks; ++b, out += kDealt) {
-    T block[kDealt] = {};
-    __builtin_memcpy(block, x + b * kDealt, size_t(least(kDealt, k - b * kDealt)) * sizeof(T));
-    for (int i = 0; i < W; ++i) {
-      float sum = 0;
-      for (int j = 0; j < 8; ++j) {
-        const T value = block[8 * i + j];
-        out[Dot::place(i, j)] = value;
-        const float number = plain_number(value), size = number < 0 ? -number : number;
-        sum += number;
-        small = small && size < 0x1p100f;
-      }
-      held[b / 4 * W + lanes.spread[b % 4][i]] += sum;
+// ---- tokens, dealt out
+
+// 128 bytes as a Dot meets them: nibbles' even elements and odd ones apart.
+INLINE void deal_bytes(const int8_t* from, bool apart, int8_t* out) {
+  if (!apart) {
+    __builtin_memcpy(out, from, kDealt);
+    return;
+  }
+  for (int i = 0; i < kDealt / 2; ++i) out[i] = from[2 * i];
+  for (int i = 0; i < kDealt / 2; ++i) out[kDealt / 2 + i] = from[2 * i + 1];
+}
+
+// What the integers of each word (of both words, for bytes) are worth: `centre` times their sum.
+template <int D>
+INLINE void sum_digits(const int8_t* digits, int32_t centre, int32_t* sums) {
+  const IntVec ones = IntVec{} + 0x01010101;
+  IntVec sum[2] = {};
+  dot_digits<D>(ones, ones, digits, sum);
+  for (int h = 0; h < (D == 4 ? 2 : 1); ++h) store_words(sums + h * W, sum[h] * centre);
+}
+
+// One block of a token in digits; its unit.
+template <int D>
+APART float deal_digits(const float* x, bool apart, int8_t* out) {
+  float unit = largest(x, kDealt);
+  uint32_t bits;
+  __builtin_memcpy(&bits, &unit, 4);
+  const int exponent = int(bits >> 23) - 126 - (7 * D - 1);  // |x| < 2^(7 D - 1) units
+  const float back = __builtin_ldexpf(1.0f, exponent < -126 ? 126 : -exponent);
+  alignas(64) int8_t plain[D][kDealt];
+  for (int i = 0; i < kDealt; i += W) {
+    IntVec v = nearest(load(x + i) * set1(back));
+#pragma GCC unroll 4
+    for (int d = D - 1; d >= 0; --d) {
+      const IntVec low = d ? ((v + 64) & 127) - 64 : v;
+      store_bytes((uint8_t*)plain[d] + i, (decltype(load_bytes(nullptr)))low);
+      v = (v - low) >> 7;
     }
   }
-  return small;
+#pragma GCC unroll 4
+  for (int d = 0; d < D; ++d) deal_bytes(plain[d], apart, out + d * kDealt);
+  return 1.0f / back;
+}
+
+// A token's floats as NibblesByFloats meets them.
+APART void deal_floats(const float* x, i64 blocks, float* out) {
+  for (i64 b = 0; b < blocks; ++b, x += kDealt, out += kDealt)
+    for (int j = 0; j < 8; ++j)
+      for (int i = 0; i < W; ++i) out[16 * j + i] = x[8 * i + j];
+}
+
+// The sums over a token's groups.
+template <class X>
+APART void hold_groups(const X* x, i64 blocks, const Lanes& lanes, float* held) {
+  for (i64 i = 0; i < ceil_div(blocks, 4) * W; ++i) held[i] = 0.0f;
+  for (i64 b = 0; b < blocks; ++b, x += kDealt)
+    for (int i = 0; i < W; ++i) {
+      const X* y = x + 8 * i;
+      held[b / 4 * W + lanes.spread[b % 4][i]] +=
+          float((y[0] + y[1]) + (y[2] + y[3])) + float((y[4] + y[5]) + (y[6] + y[7]));
+    }
 }

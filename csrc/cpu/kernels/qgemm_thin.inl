@@ -150,17 +150,26 @@ APART void dealt_rows(const Product& p, const Dealt& x, i64 from, i64 count, flo
     thin_nibbles<M>(p.w, dot, from + r, x, sums);
   });
 }
+template <int M, int D>
+APART void dealt_bytes(const Product& p, const Dealt& x, i64 from, i64 count, float* out) {
+  each_row<M>(count, out, [&](i64 r, float* sums) INLINE_LAMBDA {
+    thin_bytes_by_digits<M, D>(p.w, from + r, x, sums);
+  });
+}
 #endif
 
 // Rows [from, from + count) of the weight: out [M][kThinRows].
-template <int M>
+template <int M, class T>
 APART void thin_rows(const Product& p, const Thin& x, i64 from, i64 count, float* out) {
 #if defined(FASTLLM_BYTE_DOTS)
-  if (x.dealt.values && p.activations != kFloat)
-    return dealt_rows<M, NibblesByCodes>(p, x.dealt, from, count, out);
-  if (x.dealt.values && p.dtype == kBFloat16)
-    return dealt_rows<M, NibblesByPairs>(p, x.dealt, from, count, out);
-  if (x.dealt.values) return dealt_rows<M, NibblesByFloats>(p, x.dealt, from, count, out);
+  constexpr int D = digits_of<T>();
+  if (x.dealt.values) {
+    if (p.w.kind == kInt8) return dealt_bytes<M, D>(p, x.dealt, from, count, out);
+    if (!x.dealt.sums) return dealt_rows<M, NibblesByFloats>(p, x.dealt, from, count, out);
+    if (p.activations == kFloat)
+      return dealt_rows<M, NibblesByDigits<D>>(p, x.dealt, from, count, out);
+    return dealt_rows<M, NibblesByDigits<1>>(p, x.dealt, from, count, out);
+  }
 #endif
   with_kind(p.w.kind, [&](auto kind) {
     each_row<M>(count, out, [&](i64 r, float* sums) INLINE_LAMBDA {
@@ -190,26 +199,52 @@ APART void widen_token(const T* x, i64 k, i64 width, float* out) {
 }
 
 #if defined(FASTLLM_BYTE_DOTS)
+// One token of blocks, as D digits of its floats or (D = 1) as the codes that it has.
+template <int D>
+APART void deal_token(const float* x, const int8_t* codes, i64 blocks, bool nibbles, int8_t* out,
+                      int32_t* sums, float* units) {
+  for (i64 b = 0; b < blocks; ++b, out += D * kDealt) {
+    if constexpr (D == 1)
+      deal_bytes(codes + b * kDealt, nibbles, out);
+    else
+      units[b] = deal_digits<D>(x + b * kDealt, nibbles, out);
+    sum_digits<D>(out, nibbles ? 8 : 128, sums + b * (D == 4 ? 2 : 1) * W);
+  }
+}
+
+// Room for dealt tokens, in floats: digits or floats, sums, units and groups of a block.
+constexpr i64 kDealtRoom = kDealt + 2 * W + 1 + W;
+
 // The tokens of a product, dealt out into `room`.
 template <class T>
 APART Dealt deal_tokens(const Product& p, const Thin& x, const Lanes& lanes, float* room) {
-  const i64 width = x.codes.width, blocks = width / kDealt, stretches = ceil_div(blocks, 4);
-  float* held = room + p.m * width;
-  bool usable = true;
-  for (i64 m = 0; m < p.m; ++m) {
-    const i64 at = m * width;
-    float* sums = held + m * stretches * W;
-    bool small;
-    if (p.activations != kFloat)
-      small = deal<NibblesByCodes>(x.codes.codes + at, width, blocks, lanes, (int8_t*)room + at, sums);
-    else if constexpr (std::is_same_v<T, bf16>)
-      small = deal<NibblesByPairs>((const bf16*)p.x + m * p.x_row, p.w.k, blocks, lanes,
-                                   (bf16*)room + at, sums);
-    else
-      small = deal<NibblesByFloats>(x.values + at, width, blocks, lanes, room + at, sums);
-    usable = usable && (small || !p.w.zeros);
+  const i64 width = x.codes.width, blocks = width / kDealt, all = p.m * blocks;
+  const bool codes = p.activations != kFloat, nibbles = two_a_byte(p.w.kind);
+  constexpr int D = digits_of<T>(), kHalves = D == 4 ? 2 : 1;
+  int32_t* sums = (int32_t*)(room + all * kDealt);
+  float *held = room + all * (kDealt + 2 * W), *units = held + all * W;
+  bool digits = codes || p.w.kind == kInt4 || p.w.kind == kInt8;
+  for (i64 m = 0; m < p.m && !codes; ++m) {
+    const float top = largest(x.values + m * width, width);
+    digits = digits && top < 0x1p100f;  // NaN and infinity are none
   }
-  return {&lanes, usable ? room : nullptr, held, x.codes.scales, blocks};
+  if (!digits && (p.w.zeros || !nibbles)) return {};
+  for (i64 m = 0; m < p.m; ++m) {
+    const float* token = x.values + m * width;
+    const i64 at = m * blocks;
+    if (codes)
+      deal_token<1>(nullptr, x.codes.codes + m * width, blocks, nibbles,
+                    (int8_t*)room + at * kDealt, sums + at * W, nullptr);
+    else if (digits)
+      deal_token<D>(token, nullptr, blocks, nibbles, (int8_t*)room + at * D * kDealt,
+                    sums + at * kHalves * W, units + at);
+    else
+      deal_floats(token, blocks, room + at * kDealt);
+    float* groups = held + m * ceil_div(blocks, 4) * W;
+    if (p.w.zeros && codes) hold_groups(x.codes.codes + m * width, blocks, lanes, groups);
+    if (p.w.zeros && !codes) hold_groups(token, blocks, lanes, groups);
+  }
+  return {&lanes, room, digits ? sums : nullptr, units, held, x.codes.scales, blocks};
 }
 #endif
 
@@ -219,8 +254,13 @@ APART void thin(const Product& p, int threads) {
   const i64 group = p.w.group ? p.w.group : least(p.w.k, kLongestInt32);
   const i64 groups = ceil_div(p.w.k, group);
   const bool integers = p.activations != kFloat;
-  // values or codes, sums of groups, scales; and as much again for what is dealt out
-  const Scratch scratch(p.m * (2 * width + groups + 1 + (width / 512 + 1) * W) + 64);
+  // values or codes, sums of groups, scales; and what is dealt out
+#if defined(FASTLLM_BYTE_DOTS)
+  const i64 dealt = p.m * (width / kDealt) * kDealtRoom;
+#else
+  const i64 dealt = 0;
+#endif
+  const Scratch scratch(p.m * (width + groups + 1) + dealt + 64);
   float *x = scratch.data(), *scales = x + ceil_div(p.m * width, 16) * 16;
   int32_t* sums = (int32_t*)(scales + p.m);
   int8_t* codes = (int8_t*)x;
@@ -244,16 +284,16 @@ APART void thin(const Product& p, int threads) {
   tokens.codes = {codes, width, sums, group, scales};
 #if defined(FASTLLM_BYTE_DOTS)
   const Lanes lanes(p.w);
-  if (dealable(p.w))
+  if (dealable(p.w) || (p.w.kind == kInt8 && !p.w.group && !integers))
     tokens.dealt = deal_tokens<T>(p, tokens, lanes, scales + ceil_div(p.m * (groups + 1), 16) * 16);
 #endif
   parallel_for(ceil_div(p.w.n, kThinRows), threads, [&](i64 task) {
     const i64 from = task * kThinRows, count = least(kThinRows, p.w.n - from);
     alignas(64) float out[kThinTokens * kThinRows] = {};
-    if (p.m == 1) thin_rows<1>(p, tokens, from, count, out);
-    if (p.m == 2) thin_rows<2>(p, tokens, from, count, out);
-    if (p.m == 3) thin_rows<3>(p, tokens, from, count, out);
-    if (p.m == 4) thin_rows<4>(p, tokens, from, count, out);
+    if (p.m == 1) thin_rows<1, T>(p, tokens, from, count, out);
+    if (p.m == 2) thin_rows<2, T>(p, tokens, from, count, out);
+    if (p.m == 3) thin_rows<3, T>(p, tokens, from, count, out);
+    if (p.m == 4) thin_rows<4, T>(p, tokens, from, count, out);
     finish_thin<T>(p, out, from, count);
   });
 }

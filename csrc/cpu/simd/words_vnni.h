@@ -24,17 +24,6 @@ INLINE Vec picked(Vec a, IntVec index) {
   return {_mm512_permutexvar_ps((__m512i)index, a.v)};
 }
 
-// Sixteen bf16, picked by the low four bits of each half of a word.
-struct PairTable {
-  __m512i twice;
-};
-INLINE PairTable pair_table(const Table& t) {
-  return {_mm512_broadcast_i64x4(to_bf16(t.all))};
-}
-INLINE Vec lookup_pairs(const PairTable& t, IntVec index) {
-  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16((__m512i)index, t.twice))};
-}
-
 // 2 W numbers as bf16: those of low, then those of high.
 INLINE void store_pairs(void* p, Vec low, Vec high) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
