@@ -1,5 +1,6 @@
 """embedding: torch's, with a backward that is deterministic and sums in float32."""
 
+import functools
 from typing import Any
 
 import torch
@@ -45,6 +46,9 @@ embedding_op = define(
     cost=spec.cost,
     cases=cases(),
     stock_first=_stock_first,
+    call=lambda weight, input, padding, by_freq: functools.partial(
+        embedding, input, weight, padding if padding >= 0 else None, scale_grad_by_freq=by_freq
+    ),
 )
 
 
