@@ -97,7 +97,7 @@ def _case(
         return x, codes, scales, None if symmetric else zeros, b, given, *form[:2], activations
 
     mode = ("", "-dynamic", "-static")[activations]
-    kind = KINDS[code] + "" * symmetric + "-asym" * (not symmetric)
+    kind = KINDS[code] + "-asym" * (not symmetric)
     name = f"{'x'.join(map(str, shape))}-{NAMES[dtype]}-{kind}-g{group}{mode}" + "-bias" * bias
     name += "-spare" * spare + f"-{layout}" * (layout != "contiguous")
     name += f"-{values}" * (values != "normal")
