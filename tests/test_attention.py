@@ -142,6 +142,25 @@ def test_rows_that_see_nothing(backend):
     torch.testing.assert_close(lse[0], sinks[:, None].expand(2, 6))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lead", [(1, 1), (2, 1), (1, 4), (2, 4)], ids=str)
+def test_boolean_masks_with_whole_blocks(lead, dtype):
+    """Blocks that are hidden, whole or cut, of a mask that batch and heads share or not."""
+    args = tensors((2, 4, 150, 64), (2, 2, 300, 64), (2, 2, 300, 64), grad=True, dtype=dtype)
+    wide = [x.detach().double().requires_grad_() for x in args]
+    mask = visible(150, 300, 150, 140).repeat(*lead, 1, 1)
+    mask[-1, -1, 10:90, 128:] = False
+    mask[-1, -1, 64:96] = False
+    up, found = torch.randn(2, 4, 150, 64, dtype=dtype), []
+    for backend, inputs in (("cpu", args), ("torch", args), ("reference", wide)):
+        out = scaled_dot_product_attention(*inputs, mask, enable_gqa=True, backend=backend)
+        grads = torch.autograd.grad(out, inputs, up.to(out.dtype))
+        found.append([out.detach(), *grads])
+    for i, (ours, stock, right) in enumerate(zip(*found, strict=True)):
+        proof = compare(str(i), ours, stock, right)
+        assert proof.ok, proof.message
+
+
 @each_backend
 def test_fp16_with_large_logits_stays_finite(backend):
     """Scores up to 10^6 overflow float16: sums and scores are float32."""

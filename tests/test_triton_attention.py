@@ -1,12 +1,14 @@
 """Attention's Triton kernels, compiled ahead of time: what fits, what spills, what they use."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import multiprocessing
 import os
 import re
 import sys
+import types
 
 import pytest
 import torch
@@ -75,6 +77,21 @@ def both(arch, width, dtype, **given):
         yield launch, wanted if matrix else ()
 
 
+def atomic(width):
+    """The kernel that adds to the gradient of query, too."""
+    from fastllm.kernels import attention_backward, attention_configs
+    from fastllm.kernels.aot import meta, record
+
+    x, options = inputs(width, BF16)
+    default = attention_configs.backward_default((9, 0), BF16, width, False)
+    needs = (True, True, True, False, False)
+    for launch in record(
+        attention_backward.attention_bwd, x.q, None, x, options, x.q, meta(*x.q.shape[:-1]), needs,
+        {**default, "atomic": True},
+    ):  # fmt: skip
+        yield launch, ("atom.global",) if "dkdv" in launch.kernel.__name__ else ()
+
+
 def decode(arch, dtype):
     """A step of a few sequences, in a contiguous cache and in pages."""
     from fastllm.kernels.aot import meta, record
@@ -99,6 +116,7 @@ def usual(arch, exhaustive):
         yield from both(arch, 128, BF16, **EXTRAS["all"])
         yield from both(arch, 64, FP32)
         yield from both(arch, 64, BF16, packed=True)
+        yield from atomic(64)
     if exhaustive:
         for width, extra in itertools.product((64, 128, 256), EXTRAS):
             yield from both(arch, width, BF16, **EXTRAS[extra])
@@ -153,3 +171,44 @@ def test_kernels_compile_everywhere(request):
         if missing:
             faults.append(f"{text} on {target}: no {', '.join(missing)}")
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("chip", [(8, 0), (8, 9), (9, 0), None])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_configs_to_try_fit_the_chip(chip, dtype):
+    from fastllm.kernels import attention_configs as configs
+
+    for width in (16, 64, 128):  # wider ones may have the default only
+        forward = configs.forward_configs(chip, dtype, width, width, 2048)
+        backward = configs.backward_configs(chip, dtype, width, width)
+        assert forward and backward
+        assert any(c["tma"] for c in forward) is (chip == (9, 0) and dtype == BF16)
+        assert any(c["atomic"] for c in backward) is (dtype == BF16)
+    assert {c["block_m"] for c in configs.forward_configs(chip, dtype, 64, 64, 9)} == {16}
+
+
+def test_tuned_configs_are_used(monkeypatch):
+    from fastllm.ops.attention import triton_tiles
+
+    asked = []
+
+    def measured(device, *sizes):
+        asked.append(sizes)
+        return {"atomic": True}
+
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(triton_tiles, name, measured)
+    x, options = inputs(64, BF16)
+    assert len(triton_tiles.backward_config(x, options)) > 1 and not asked, "nothing to measure on"
+    query = types.SimpleNamespace(
+        is_cuda=True, device="cuda:0", shape=x.q.shape, dtype=x.q.dtype, stride=x.q.stride
+    )
+    x = dataclasses.replace(x, q=query)
+    assert triton_tiles.forward_config(x, options) == {"atomic": True}
+    assert triton_tiles.backward_config(x, options) == {"atomic": True}
+    assert asked == [(64, 4, 2048, 2048, 64, 64, BF16, True, False)] * 2
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert triton_tiles.backward_config(x, options) == {"atomic": False}
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -202,3 +202,30 @@ def test_group_norm_sizes(shape, groups):
     x, w, b = torch.randn(shape) + 2, torch.randn(shape[1]), torch.randn(shape[1])
     parts = ((True, True, True), (True, False, False), (False, True, False), (False, False, True))
     check_against_reference(OPS["group_norm"], (x, groups, w, b, 1e-5), (torch.float32,) * 3, parts)
+
+
+@inside
+def test_what_the_tuner_would_measure_of_attention():
+    """Configs with and without descriptors, and gradients of query by a pass or by atomics."""
+    from fastllm.ops.attention import triton_tiles
+
+    sizes = (4, 2, 20, 40, 16, 16, torch.float16, True, True)
+    dout, out, lse, *args = triton_tiles.BACKWARD.build(torch.device("cpu"), *sizes)
+    terms = (None, None, None, None, 0.0, 0.25, -1, 0, 0, 30.0)
+    op, given = OPS["attention"], [*double(args[:3]), *terms]
+    exact = op.reference(*given)
+    wanted = op.reference_backward(
+        dout.double(), *given[:7], exact, lse, *given[7:], (True, True, True, False, False)
+    )
+    forward = triton_tiles.FORWARD.candidates("cpu", sizes)
+    found = {c["tma"]: c for c in forward.values()}
+    assert len(forward) > 3 and len(found) == 2
+    for chosen in found.values():
+        close(triton_tiles.FORWARD.run(chosen, *args)[0], exact, torch.float16)
+    backward = triton_tiles.BACKWARD.candidates("cpu", sizes)
+    found = {c["atomic"]: c for c in backward.values() if c["block_n"] <= 64}
+    assert len(backward) > 3 and len(found) == 2
+    for chosen in found.values():
+        grads = triton_tiles.BACKWARD.run(chosen, dout, out, lse, *args)
+        for grad, right in zip(grads[:3], wanted[:3], strict=True):
+            close(grad, right, torch.float16)

@@ -106,8 +106,8 @@ def interleave(
 
     Each factory is called once and its call warmed up, outside the clock. Rounds go on until the
     ratios to the first candidate are known to `stable` (relative standard error) or are `clear`
-    such errors away from 1, or `budget` seconds have gone by and `min_rounds` are done; where these would take ten times the budget,
-    three have to do. Input sets rotate with every call; when
+    such errors away from 1, or `budget` seconds have gone by and `min_rounds` are done; where these
+    would take ten times the budget, three have to do. Input sets rotate with every call; when
     `paired`, a round is one call of each candidate on the same set. A candidate that raises while
     it is made or warmed up is left out, with its reason in `failed`.
 

@@ -11,6 +11,8 @@
 
 #include "cpu/kernels/attention_forward.inl"
 
+#include "cpu/kernels/attention_pipeline.inl"
+
 #include "cpu/kernels/attention_decode.inl"
 
 #include "cpu/kernels/attention_gradients.inl"

@@ -9,6 +9,7 @@ struct Backward {
   const Gradient& a;
   const Call& c;
   const Plan plan;
+  Overview overview;
 
   // Parts of a slot.
   struct Room {
@@ -143,15 +144,15 @@ struct Backward {
   }
 
   // Scores and dP of one panel and one tile; false: nothing is seen.
-  bool multiply(const Room& r, i64 i, i64 j0, i64 n, float* s, float* d) const {
+  bool multiply(const Sequence& q, const Room& r, i64 i, i64 j0, i64 n, float* s, float* d) const {
     const Panel<C>& p = r.panels[i];
     if (p.to <= j0 || p.from >= j0 + n) return false;
-    const Seen sight = seen(c, p, j0, n);
+    const Seen sight = seen(c, p, q.b, j0, n, overview);
     if (sight == kNoneSeen) return false;
     const Upstream<C> u = upstream(r, i);
     scores_of<E>(plan.k, n, r.k, u.q, s);
     scores_of<E>(plan.v, n, r.v, u.dout, d);
-    shape_tile(c, p, sight, s, r.bias, c.softcap > 0 ? r.slope : nullptr, j0, n);
+    shape_tile(c, p, sight, s, r.bias, c.softcap > 0 ? r.slope : nullptr, j0, n, n);
     return true;
   }
 
@@ -186,7 +187,7 @@ struct Backward {
     const Panel<C>& p = r.panels[i];
     const Upstream<C> u = upstream(r, i);
     float *s = Traits<E>::kPairs ? r.s : left_p, *d = Traits<E>::kPairs ? r.d : left_d;
-    const bool seen = multiply(r, i, j0, n, s, d);
+    const bool seen = multiply(q, r, i, j0, n, s, d);
     if (precise(p) && alone(p) && p.from / plan.keys == j0 / plan.keys) {
       if (seen) add_delta(p, u, s, d, j0, n);
       finish_delta(q, p, u);
@@ -260,7 +261,7 @@ struct Backward {
       for (i64 j0 = start; j0 < to; j0 += plan.keys) {
         const i64 n = pack_tile(q, r, g, j0, false);
         for (i64 i = 0; i < count; ++i)
-          if (!alone(r.panels[i]) && multiply(r, i, j0, n, r.s, r.d))
+          if (!alone(r.panels[i]) && multiply(q, r, i, j0, n, r.s, r.d))
             add_delta(r.panels[i], upstream(r, i), r.s, r.d, j0, n);
       }
     for (i64 i = 0; i < count; ++i)
@@ -320,9 +321,11 @@ struct Backward {
                1.0f);
   }
 
-  void run() const {
-    const Scratch scratch(a.room ? 0 : plan.room());
-    float* all = (float*)(((uintptr_t)(a.room ? a.room : scratch.data()) + 63) / 64 * 64);
+  void run() {
+    const Scratch scratch(overview.room() + (a.room ? 0 : plan.room()));
+    overview.look(c, C, c.threads, scratch.data());
+    float* room_of = a.room ? a.room : scratch.data() + overview.room();
+    float* all = (float*)(((uintptr_t)room_of + 63) / 64 * 64);
     float* slots = all + plan.all_sums();
     const i64 slot_room = plan.slot_room() + plan.own_sums();
     deal(c.b * c.g * plan.chunks, plan.threads, [&](i64 slot, i64 item) {
@@ -351,6 +354,6 @@ struct Backward {
 
 template <class E>
 INLINE void run_backward(const Gradient& a) {
-  const Backward<E> work{a, a.call, BackwardPlan<E>(a.call)};
-  work.run();
+  const BackwardPlan<E> plan(a.call);
+  Backward<E>{a, a.call, plan, Overview(a.call, plan.grid, E::kCols, plan.keys)}.run();
 }

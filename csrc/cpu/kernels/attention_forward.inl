@@ -128,6 +128,10 @@ APART void finish_panel(const Call& c, const Sequence& q, const Panel<E::kCols>&
       *row_at<float>(c.lse, q, p.head[l], p.at[l]) = lse[l];
 }
 
+// attention_pipeline.inl
+template <class Work>
+struct Pipeline;
+
 // What one forward call needs, and where it lies in a slot's memory.
 template <class E>
 struct ForwardPlan {
@@ -139,6 +143,7 @@ struct ForwardPlan {
   Left<E> k, v;
   i64 q_words, block, blocks, score_words;
   bool own;  // each block packs its tiles: it is the only one to use them
+  bool piped;  // attention_pipeline.inl
   ForwardPlan(const Call& c)
       : grid(c, C),
         keys(most(1, least(Traits<E>::kKeys, c.s))),
@@ -151,6 +156,7 @@ struct ForwardPlan {
       block = ceil_div(block, 2);
     blocks = ceil_div(grid.panels(), block);
     own = blocks == 1;
+    piped = Traits<E>::kApart && k.height == 32 && v.turned_height == 32 && !(c.dropout > 0);
     score_words = touched(k, keys) * C;
   }
   i64 tile_room() const { return k.room() + v.turned_room(); }
@@ -160,8 +166,10 @@ struct ForwardPlan {
   i64 panel_room() const {
     return i64(sizeof(Panel<C>) + sizeof(Running<C>)) / 4 + q_words + v.turned_rows() * C;
   }
+  i64 buffers() const { return piped ? 3 : 1; }  // tiles of scores that are under way
   i64 slot_room(const Call& c) const {
-    return block * panel_room() + 2 * score_words + copy_room(c) + (own ? tile_room() : 0);
+    return block * panel_room() + (buffers() + 1) * score_words + copy_room(c) +
+           (own ? buffers() * tile_room() : 0);
   }
 };
 
@@ -171,6 +179,7 @@ struct Forward {
   static constexpr int C = E::kCols;
   const Call& c;
   const ForwardPlan<E> plan;
+  Overview overview;
 
   // Parts of a slot.
   struct Room {
@@ -191,8 +200,8 @@ struct Forward {
     r.sums = at;
     at += n * plan.v.turned_rows() * C;
     r.scores = at;
-    r.bias = at + plan.score_words;
-    at += 2 * plan.score_words;
+    r.bias = at + plan.buffers() * plan.score_words;
+    at = r.bias + plan.score_words;
     r.copy = (T*)at;
     r.tile = at + plan.copy_room(c);
     return r;
@@ -211,11 +220,11 @@ struct Forward {
   void step(const Sequence& q, const Room& r, i64 i, i64 j0, const float* tile, bool& fresh) const {
     const Panel<C>& p = r.panels[i];
     const i64 n = least(plan.keys, q.s - j0);
-    const Seen sight = seen(c, p, j0, n);
+    const Seen sight = seen(c, p, q.b, j0, n, overview);
     if (sight == kNoneSeen) return;
     float* sums = r.sums + i * plan.v.turned_rows() * C;
     scores_of<E>(plan.k, n, tile, r.q + i * plan.q_words, r.scores);
-    shape_tile(c, p, sight, r.scores, r.bias, nullptr, j0, n);
+    shape_tile(c, p, sight, r.scores, r.bias, nullptr, j0, n, n);
     const float factor = exponent_factor(c);
     const i64 deep = E::words(n);
     const auto fold_with = [&](const auto& kept) {
@@ -252,7 +261,13 @@ struct Forward {
         E::pack_right(src, step, 1, p.rows, c.d, E::words(c.d), r.q + i * plan.q_words);
       });
     }
-    for (i64 j0 = from / plan.keys * plan.keys; j0 < to; j0 += plan.keys) {
+    const i64 start = from / plan.keys * plan.keys;
+    if constexpr (Traits<E>::kApart)
+      if (plan.piped) {
+        Pipeline<Forward>{*this, q, r, g, count, plan.own ? nullptr : packed, fresh, start, to}
+            .run();
+      }
+    for (i64 j0 = start; j0 < to && !plan.piped; j0 += plan.keys) {
       const float* tile = packed + j0 / plan.keys * plan.tile_room();
       if (plan.own) {
         pack_tile(q, g, j0, r.copy, r.tile);
@@ -268,14 +283,15 @@ struct Forward {
                            r.sums + i * plan.v.turned_rows() * C, fresh[i]);
   }
 
-  void run() const {
+  void run() {
     constexpr i64 kPacked = 7 << 19;  // words of packed keys and values at a time
     const i64 pairs = c.b * c.g, pair_room = plan.own ? 0 : plan.tiles * plan.tile_room();
     const i64 chunk = plan.own ? pairs : most(1, least(pairs, kPacked / most(1, pair_room)));
     const i64 slot_room = plan.slot_room(c);
     const int threads = int(most(1, least(c.threads, chunk * most(plan.blocks, plan.tiles))));
-    const Scratch scratch(chunk * pair_room + threads * slot_room);
-    float *packed = scratch.data(), *slots = packed + chunk * pair_room;
+    const Scratch scratch(overview.room() + chunk * pair_room + threads * slot_room);
+    float *packed = scratch.data() + overview.room(), *slots = packed + chunk * pair_room;
+    overview.look(c, C, c.threads, scratch.data());
     for (i64 p0 = 0; p0 < pairs; p0 += chunk) {
       const i64 count = least(chunk, pairs - p0);
       if (!plan.own)
@@ -299,6 +315,6 @@ struct Forward {
 
 template <class E>
 INLINE void run_forward(const Call& c) {
-  const Forward<E> work{c, ForwardPlan<E>(c)};
-  work.run();
+  const ForwardPlan<E> plan(c);
+  Forward<E>{c, plan, Overview(c, plan.grid, E::kCols, plan.keys)}.run();
 }

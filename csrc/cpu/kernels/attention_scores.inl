@@ -165,28 +165,68 @@ INLINE void with_rows(const Rows& from, const Sequence& q, const Panel<C>& p, i6
 
 enum Seen { kAllSeen, kSomeSeen, kNoneSeen };
 
-// n bytes: do any, do all say yes?
+// n bytes of 0 or 1: do any, do all say yes?
 APART void look_at(const char* m, i64 n, i64 step, bool& any_yes, bool& all_yes) {
   i64 i = 0;
-  if (step == 1)
+  if (step == 1) {
+    uint64_t either = 0, both = ~uint64_t(0);
     for (; i + 8 <= n; i += 8) {
       uint64_t word;
       __builtin_memcpy(&word, m + i, 8);
-      any_yes = any_yes || word != 0;
-      all_yes = all_yes && word == 0x0101010101010101u;
-      if (any_yes && !all_yes) return;
+      either |= word;
+      both &= word;
     }
+    any_yes = any_yes || either != 0;
+    all_yes = all_yes && (i == 0 || both == 0x0101010101010101u);
+  }
   for (; i < n; ++i) {
     any_yes = any_yes || m[i * step];
     all_yes = all_yes && m[i * step];
   }
 }
 
+// What a bool mask lets C queries, from a multiple of C on, see of each tile: looked up by every
+// head that the mask is broadcast to. So a mask that is causal costs little more than is_causal.
+struct Overview {
+  i64 batches = 0, heads = 0, bands = 0, tiles = 0, keys = 0;
+  uint8_t* sights = nullptr;
+  Overview(const Call& c, const Grid& grid, i64 width, i64 tile_keys) {
+    if (c.mask_type != kMaskBool || c.mask_row == 0 || grid.shared) return;
+    batches = c.mask_b ? c.b : 1;
+    heads = c.mask_h ? c.h : 1;
+    bands = ceil_div(c.t, width);
+    tiles = ceil_div(c.s, tile_keys);
+    keys = tile_keys;
+  }
+  i64 room() const { return ceil_div(batches * heads * bands * tiles, 64) * 16; }  // floats
+  void look(const Call& c, i64 width, int threads, float* memory) {
+    if (batches == 0) return;
+    sights = (uint8_t*)memory;
+    parallel_for(batches * heads * bands, threads, [&](i64 item) {
+      const i64 first = item % bands * width, rows = least(width, c.t - first);
+      const i64 at = item / bands / heads * c.mask_b + item / bands % heads * c.mask_h;
+      const char* mask = (const char*)c.mask + at + first * c.mask_row;
+      for (i64 tile = 0; tile < tiles; ++tile) {
+        const i64 j0 = tile * keys, n = least(keys, c.s - j0);
+        bool any_yes = false, all_yes = true;
+        for (i64 i = 0; i < rows && !(any_yes && !all_yes); ++i)
+          look_at(mask + i * c.mask_row + j0 * c.mask_col, n, c.mask_col, any_yes, all_yes);
+        sights[item * tiles + tile] = any_yes ? (all_yes ? kAllSeen : kSomeSeen) : kNoneSeen;
+      }
+    });
+  }
+  Seen at(i64 b, i64 head, i64 row, i64 width, i64 j0) const {
+    const i64 entry = (batches > 1 ? b : 0) * heads + (heads > 1 ? head : 0);
+    return Seen(sights[(entry * bands + row / width) * tiles + j0 / keys]);
+  }
+};
+
 // What a bool mask lets a panel see of a tile; other masks are not looked at.
 template <int C>
-INLINE Seen seen(const Call& c, const Panel<C>& p, i64 j0, i64 n) {
+INLINE Seen seen(const Call& c, const Panel<C>& p, i64 b, i64 j0, i64 n, const Overview& known) {
   if (c.mask_type == kMaskNone) return kAllSeen;
   if (c.mask_type != kMaskBool) return kSomeSeen;
+  if (known.sights) return known.at(b, p.head[0], p.at[0], C, j0);
   bool any_yes = false, all_yes = true;
   for (int l = 0; l < (p.one_mask ? 1 : p.rows) && !(any_yes && !all_yes); ++l)
     if (l == 0 || p.mask[l] != p.mask[l - 1])
@@ -310,14 +350,18 @@ APART void hide_tile(const Panel<C>& p, float* s, const float* bias, i64 j0, i64
   }
 }
 
-// Whatever this call does to the scores of a panel and a tile.
+// Whatever this call does to the scores of a panel and a tile: n keys that exist, in `rows` rows, of
+// which the others are hidden.
 template <int C>
 INLINE void shape_tile(const Call& c, const Panel<C>& p, Seen sight, float* s, float* bias,
-                       float* slope, i64 j0, i64 n) {
+                       float* slope, i64 j0, i64 n, i64 rows) {
   const bool masked = sight == kSomeSeen;
-  if (masked) turn_mask(c, p, j0, n, bias);
+  if (masked) {
+    turn_mask(c, p, j0, n, bias);
+    for (i64 i = n * C; i < rows * C; i += W) store(bias + i, zero());
+  }
   if (shaped(c))
-    shape(c, p, s, masked ? bias : nullptr, slope, j0, n);
-  else if (masked || j0 < p.all_from || j0 + n > p.all_to)
-    hide_tile(p, s, masked ? bias : nullptr, j0, n);
+    shape(c, p, s, masked ? bias : nullptr, slope, j0, rows);
+  else if (masked || j0 < p.all_from || j0 + rows > p.all_to)
+    hide_tile(p, s, masked ? bias : nullptr, j0, rows);
 }

@@ -120,6 +120,7 @@ struct Traits<Vectors<L, MultiplyAdd>> {
   using Engine = Vectors<L, MultiplyAdd>;
   using T = typename L::Type;
   static constexpr bool kPairs = false;
+  static constexpr bool kApart = false;  // has products that a unit of their own makes
   static constexpr int kDegree = std::is_same_v<T, float> ? 6 : 5;  // of exp2_of
   static constexpr i64 kKeys = 128;       // of a tile
   static constexpr int kDeep = Engine::kCols;  // words of the C queries of a panel
@@ -133,7 +134,7 @@ template <>
 struct Traits<Vectors<Pair, DotPairs>> {
   using Engine = Vectors<Pair, DotPairs>;
   using T = bf16;
-  static constexpr bool kPairs = true;
+  static constexpr bool kPairs = true, kApart = false;
   static constexpr int kDegree = 5;
   static constexpr i64 kKeys = 128;
   static constexpr int kDeep = Engine::kCols / 2;
@@ -148,9 +149,9 @@ template <>
 struct Traits<Tiles> {
   using Engine = Tiles;
   using T = bf16;
-  static constexpr bool kPairs = true;
+  static constexpr bool kPairs = true, kApart = true;
   static constexpr int kDegree = 5;
-  static constexpr i64 kKeys = 256;
+  static constexpr i64 kKeys = 128;
   static constexpr int kDeep = 16;
   static void across(int rows, int panels, const float* a, i64 a_panel, const float* const* b,
                      float* c) {

@@ -20,6 +20,7 @@ struct TileSession {
       full.bytes[i] = 64;
       full.rows[i] = 16;
     }
+    asm volatile("" ::"r"(&full) : "memory");  // loadconfig's own operand is its first word only
     _tile_loadconfig(&full);
   }
   INLINE_MEMBER ~TileSession() {

@@ -15,6 +15,7 @@ from fastllm.core.cases import Cost
 from fastllm.core.op import Schema, describe
 from fastllm.core.tuner.routes import bucket, words
 from fastllm.ops.attention import reference, spec, stock
+from fastllm.ops.attention.spec import Cached, Terms
 
 SCHEMA = Schema(
     params=(
@@ -72,24 +73,13 @@ def _check_ints(name: str, value: Any, shape: tuple[int, ...]) -> None:
         )
 
 
-def check(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-) -> None:
+def check(query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> None:
     """As check_tensors; lengths and pages that do not exist are found on the CPU."""
-    check_tensors(query, k_cache, v_cache, cache_seqlens, block_table)
-    spec.check_heads(alibi_slopes, sinks, *query.shape[:2])
-    spec.check_numbers(window_left, window_right, softcap)
-    check_values(k_cache, cache_seqlens, block_table, 0)
+    o = Cached(*rest)
+    check_tensors(query, k_cache, v_cache, *o[:2])
+    spec.check_heads(o.alibi_slopes, o.sinks, *query.shape[:2])
+    spec.check_numbers(o.left, o.right, o.softcap)
+    check_values(k_cache, *o[:2], 0)
 
 
 def check_values(
@@ -136,47 +126,34 @@ def cost(query: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
 
 def word(query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> str:
     """The tuner's key: shapes, pages, window, options in use."""
-    b, h, t, d = query.shape
+    o, (b, h, t, d) = Cached(*rest), query.shape
     kind = words(query).partition("[")[0]
-    paged = rest[1] is not None
-    room = k_cache.shape[2] * (rest[1].shape[1] if paged else 1)
-    used = "".join("x" if x is not None else "-" for x in rest[2:4])
-    left, cap = rest[5], rest[7]
-    window = "-" if left < 0 else bucket(left)
+    table = o.block_table
+    room = k_cache.shape[2] * (1 if table is None else table.shape[1])
+    used = (o.alibi_slopes is not None, o.sinks is not None, bool(o.softcap))
     return (
         f"{kind} b{bucket(b)} h{h} g{h // k_cache.shape[1]} t{bucket(t)} s{bucket(room)} "
-        f"d{d},{v_cache.shape[3]} {'paged' if paged else 'flat'} {window} {used}"
-        f"{'x' if cap else '-'}"
+        f"d{d},{v_cache.shape[3]} {'flat' if table is None else 'paged'} "
+        f"{'-' if o.left < 0 else bucket(o.left)} {''.join('x' if u else '-' for u in used)}"
     )
 
 
 # ---- plain torch
 
 
-def sequences(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-) -> Iterator[tuple]:
+def sequences(query: Tensor, k_cache: Tensor, v_cache: Tensor, o: Cached) -> Iterator[tuple]:
     """Each sequence's arguments of the dense op."""
     t = query.shape[2]
-    for b, n in enumerate(cache_seqlens.tolist()):
-        slopes = alibi_slopes
+    for b, n in enumerate(o.cache_seqlens.tolist()):
+        slopes = o.alibi_slopes
         if slopes is not None and slopes.dim() == 2:
             slopes = slopes[b : b + 1]
-        k, v = (_keys(cache, b, n, block_table) for cache in (k_cache, v_cache))
-        yield (
-            query[b : b + 1], k, v, None, slopes, sinks, None, 0.0, scale, window_left,
-            window_right, n - t, softcap,
-        )  # fmt: skip
+        k, v = (_keys(cache, b, n, o.block_table) for cache in (k_cache, v_cache))
+        yield query[b : b + 1], k, v, *_terms(o, slopes, n - t)
+
+
+def _terms(o: Cached, slopes: Tensor | None, diagonal: int) -> Terms:
+    return Terms(None, slopes, o.sinks, None, 0.0, o.scale, o.left, o.right, diagonal, o.softcap)
 
 
 def _keys(cache: Tensor, b: int, n: int, block_table: Tensor | None) -> Tensor:
@@ -200,7 +177,7 @@ def attention_cache(
     """(out, lse), sequence by sequence, in float64."""
     if query.is_meta:
         return fake(query, k_cache, v_cache)
-    parts = [reference.attend(*args) for args in sequences(query, k_cache, v_cache, *rest)]
+    parts = [reference.attend(*args) for args in sequences(query, k_cache, v_cache, Cached(*rest))]
     return _joined(query, v_cache, parts)
 
 
@@ -209,28 +186,26 @@ def attention_cache_backward(*_: Any) -> Any:
     raise RuntimeError("attention_with_kv_cache has no gradient: call it under torch.no_grad()")
 
 
-def _stock(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _stock(query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """One call where all sequences are as long as each other, else sequence by sequence."""
     if query.is_meta:
         return fake(query, k_cache, v_cache)
-    lengths = set(cache_seqlens.tolist())
-    if len(lengths) != 1 or rest[0] is not None:
-        parts = [_lean(*args) for args in sequences(query, k_cache, v_cache, cache_seqlens, *rest)]
+    o = Cached(*rest)
+    lengths = set(o.cache_seqlens.tolist())
+    if len(lengths) != 1 or o.block_table is not None:
+        parts = [_lean(*args) for args in sequences(query, k_cache, v_cache, o)]
         return _joined(query, v_cache, parts)
-    n, (_, slopes, sinks, scale, left, right, cap) = lengths.pop(), rest
-    return _lean(
-        query, k_cache[:, :, :n], v_cache[:, :, :n], None, slopes, sinks, None, 0.0, scale, left,
-        right, n - query.shape[2], cap,
-    )  # fmt: skip
+    n = lengths.pop()
+    terms = _terms(o, o.alibi_slopes, n - query.shape[2])
+    return _lean(query, k_cache[:, :, :n], v_cache[:, :, :n], *terms)
 
 
-def _lean(*args: Any) -> tuple[Tensor, Tensor]:
+def _lean(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Dense attention; the one query of a step sees all of a causal cache."""
-    if args[0].shape[2] == 1 and args[4] is None and args[9] < 0:
-        args = (*args[:10], -1, 0, args[12])
-    return stock.attention_lse(*args)
+    o = Terms(*rest)
+    if query.shape[2] == 1 and o.alibi_slopes is None and o.left < 0:
+        o = o._replace(right=-1, diagonal=0)
+    return stock.attention_lse(query, key, value, *o)
 
 
 STOCK = Backend("torch", _stock, attention_cache_backward)

@@ -38,10 +38,11 @@ def _stock_first(training: bool, query: Tensor, key: Tensor, value: Tensor, *res
     Heads of 16 to 256, lengths of 128 to 1024, with and without masks: a training step wins from
     SMALL on at all of them (1.4x to 3x), the forward pass but for what is named here.
     """
-    mask, slopes, sinks, _, p, _, left, right, diagonal, cap = rest
-    if not query.is_cpu or slopes is not None or sinks is not None or p or cap:
+    o = spec.Terms(*rest)
+    mask = o.attn_mask
+    if not query.is_cpu or o.alibi_slopes is not None or o.sinks is not None:
         return False
-    if left >= 0 or right > 0 or (right == 0 and diagonal):
+    if o.dropout_p or o.softcap or o.left >= 0 or o.right > 0 or (o.right == 0 and o.diagonal):
         return False
     s = key.shape[2]
     if not training and _few(query, key):

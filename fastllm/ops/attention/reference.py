@@ -3,13 +3,14 @@
 Backward computes everything again from the inputs, so that it can itself be differentiated.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastllm.ops.attention import random
-from fastllm.ops.attention.spec import fake, statistics
+from fastllm.ops.attention.spec import Packed, Terms, fake, saved_parts, statistics
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -23,28 +24,13 @@ def attention_lse(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    diagonal: int,
-    softcap: float,
-    batch: int = 0,
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any, batch: int = 0
 ) -> tuple[Tensor, Tensor]:
     """out = dropout(softmax(scores)) v; `batch` is the number of the first of the batch."""
-    scores, _ = _scores(
-        query, key, attn_mask, alibi_slopes, scale, window_left, window_right, diagonal, softcap
-    )
-    p, lse = softmax(scores, sinks)
-    if dropout_p:
-        p = p * dropout(seed, p, batch, dropout_p)
+    o = Terms(*rest)
+    p, lse = softmax(_scores(query, key, o)[0], o.sinks)
+    if o.dropout_p:
+        p = p * dropout(o.seed, p, batch, o.dropout_p)
     return _product(p, wide(value)).to(query.dtype), lse.to(statistics(query.dtype))
 
 
@@ -63,33 +49,23 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, x.shape[1] // groups))
 
 
-def _scores(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    diagonal: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor | None]:
+def _scores(query: Tensor, key: Tensor, o: Terms) -> tuple[Tensor, Tensor | None]:
     """[B, H, T, S] logits, -inf where nothing is seen, and the derivative of softcap."""
     q, k = wide(query), wide(key)
-    scores, slope = _product(q, k.mT) * scale, None
-    if softcap:
-        squashed = torch.tanh(scores / softcap)
-        scores, slope = softcap * squashed, 1 - squashed * squashed
-    distance = offsets(query.shape[2], key.shape[2], diagonal, query.device)
-    if alibi_slopes is not None:
-        scores = scores - wide(alibi_slopes)[..., None, None] * distance.abs()
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -torch.inf)
+    scores, slope = _product(q, k.mT) * o.scale, None
+    if o.softcap:
+        squashed = torch.tanh(scores / o.softcap)
+        scores, slope = o.softcap * squashed, 1 - squashed * squashed
+    distance = offsets(query.shape[2], key.shape[2], o.diagonal, query.device)
+    if o.alibi_slopes is not None:
+        scores = scores - wide(o.alibi_slopes)[..., None, None] * distance.abs()
+    if o.attn_mask is not None:
+        if o.attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~o.attn_mask, -torch.inf)
         else:
-            scores = scores + attn_mask.to(scores.dtype)
-    if window_left >= 0 or window_right >= 0:
-        scores = scores.masked_fill(~inside(distance, window_left, window_right), -torch.inf)
+            scores = scores + o.attn_mask.to(scores.dtype)
+    if o.left >= 0 or o.right >= 0:
+        scores = scores.masked_fill(~inside(distance, o.left, o.right), -torch.inf)
     return scores, slope
 
 
@@ -146,45 +122,33 @@ def attention_lse_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    dropout_p: float,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    diagonal: int,
-    softcap: float,
-    needs: tuple[bool, ...],
+    *rest: Any,
     batch: int = 0,
 ) -> tuple[Tensor | None, ...]:
     """dS = P (dP - delta), delta = rowsum(dO O) - dlse; `out` and `lse` are computed again."""
-    scores, slope = _scores(
-        query, key, attn_mask, alibi_slopes, scale, window_left, window_right, diagonal, softcap
-    )
-    p, total = softmax(scores, sinks)
-    dropped = p * dropout(seed, p, batch, dropout_p) if dropout_p else p
+    given, _, _, needs = saved_parts(4, rest)
+    o = Terms(*given)
+    scores, slope = _scores(query, key, o)
+    p, total = softmax(scores, o.sinks)
+    dropped = p * dropout(o.seed, p, batch, o.dropout_p) if o.dropout_p else p
     dy, v, groups = wide(grad_out), wide(value), key.shape[1]
     dv = (_grouped(dropped, groups).mT @ _grouped(dy, groups)).sum(2)
     dp = _product(dy, v.mT)
-    if dropout_p:
-        dp = dp * dropout(seed, p, batch, dropout_p)
+    if o.dropout_p:
+        dp = dp * dropout(o.seed, p, batch, o.dropout_p)
     delta = (p * dp).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse.to(delta.dtype).masked_fill(total == -torch.inf, 0.0)
     ds = p * (dp - delta[..., None])
     dmask = dsinks = None
-    if attn_mask is not None and needs[3]:
-        dmask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
-    if sinks is not None and needs[4]:
-        wanted = wide(sinks).to(total.dtype)[:, None]
+    if o.attn_mask is not None and needs[3]:
+        dmask = ds.sum_to_size(o.attn_mask.shape).to(o.attn_mask.dtype)
+    if o.sinks is not None and needs[4]:
+        wanted = wide(o.sinks).to(total.dtype)[:, None]
         # a sink of -inf is no sink, and its row may see nothing
         share = (wanted - total.masked_fill(total == -torch.inf, 0.0)).exp()
-        dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
-    dscores = ds * scale if slope is None else ds * slope * scale
+        dsinks = -(share * delta).sum((0, 2)).to(o.sinks.dtype)
+    dscores = ds * o.scale if slope is None else ds * slope * o.scale
     dq = _product(dscores, wide(key)) if needs[0] else None
     dk = (_grouped(dscores, groups).mT @ _grouped(wide(query), groups)).sum(2)
     return (
@@ -204,10 +168,9 @@ def attention_varlen(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of packed sequences, one after the other."""
     parts = []
-    for b, rows, columns, options in sequences(*rest):
+    for b, rows, columns, terms in sequences(Packed(*rest)):
         q, k, v = (batch_of_one(x) for x in (query[rows], key[columns], value[columns]))
-        args: tuple = (q, k, v, None, *options(q, k), b)
-        out, lse = attend(*args)
+        out, lse = attend(q, k, v, *terms(q, k), batch=b)
         parts.append((packed(out), lse[0].t()))
     if not parts:
         return fake(query, key, value)
@@ -218,36 +181,23 @@ def attention_varlen(
 attention_varlen_lse = attention_varlen
 
 
-def sequences(
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    bottom_right: bool,
-    softcap: float,
-) -> Any:
-    """Each sequence's number, query and key rows, and its dense options from its q and k."""
-    ends = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
+def sequences(o: Packed) -> Iterator[tuple[int, slice, slice, Callable[..., Terms]]]:
+    """Each sequence's number, query and key rows, and its dense terms from its q and k."""
+    ends = zip(o.cu_seqlens_q.tolist(), o.cu_seqlens_k.tolist(), strict=True)
     start = next(ends)
     for b, end in enumerate(ends):
-        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else (
-            alibi_slopes[b : b + 1]
-        )  # fmt: skip
+        slopes = o.alibi_slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b : b + 1]
 
-        def options(q: Tensor, k: Tensor, slopes: Tensor | None = slopes) -> tuple:
-            diagonal = k.shape[2] - q.shape[2] if bottom_right else 0
-            return (
-                slopes, sinks, seed, dropout_p, scale, window_left, window_right, diagonal, softcap
+        def terms(q: Tensor, k: Tensor, slopes: Tensor | None = slopes) -> Terms:
+            diagonal = k.shape[2] - q.shape[2] if o.bottom_right else 0
+            return Terms(
+                None, slopes, o.sinks, o.seed, o.dropout_p, o.scale, o.left, o.right, diagonal,
+                o.softcap,
             )  # fmt: skip
 
-        yield b, slice(start[0], end[0]), slice(start[1], end[1]), options
+        yield b, slice(start[0], end[0]), slice(start[1], end[1]), terms
         start = end
 
 
@@ -274,32 +224,24 @@ def attention_varlen_lse_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
     *rest: Any,
 ) -> tuple[Tensor | None, ...]:
     """Sequence by sequence."""
-    *given, needs = rest
-    ends = (cu_seqlens_q, cu_seqlens_k)
+    given, out, lse, needs = saved_parts(5, rest)
+    o = Packed(*given)
     dense = (*needs[:3], False, needs[3])
     dq: list[Any] = []
     dk: list[Any] = []
     dv: list[Any] = []
     dsinks: list[Any] = []
-    for b, rows, columns, options in sequences(*ends, alibi_slopes, sinks, seed, *given):
+    for b, rows, columns, terms in sequences(o):
         q, k, v = (batch_of_one(x) for x in (query[rows], key[columns], value[columns]))
-        made = options(q, k)
-        args: tuple = (
+        made = terms(q, k)
+        grads = attention_lse_backward(
             batch_of_one(grad_out[rows]),
             None if grad_lse is None else grad_lse[rows].t().unsqueeze(0),
-            q, k, v, None, *made[:3], out, lse, *made[3:], dense, b,
+            q, k, v, *made[:4], out, lse, *made[4:], dense, batch=b,
         )  # fmt: skip
-        grads = attention_lse_backward(*args)
         for into, grad in zip((dq, dk, dv), grads, strict=False):
             into.append(None if grad is None else packed(grad))
         dsinks.append(grads[4])
@@ -307,7 +249,7 @@ def attention_varlen_lse_backward(
         None if not needed else torch.cat(parts) if parts else torch.zeros_like(like)
         for parts, needed, like in zip((dq, dk, dv), needs, (query, key, value), strict=False)
     ]
-    if not needs[3] or sinks is None:
+    if not needs[3] or o.sinks is None:
         return (*joined, None)
-    total = torch.stack([wide(d) for d in dsinks]).sum(0) if dsinks else torch.zeros_like(sinks)
-    return (*joined, total.to(sinks.dtype))
+    total = torch.stack([wide(d) for d in dsinks]).sum(0) if dsinks else torch.zeros_like(o.sinks)
+    return (*joined, total.to(o.sinks.dtype))

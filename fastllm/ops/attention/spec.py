@@ -15,7 +15,7 @@ The op under `scaled_dot_product_attention` is normalized. Of a query i and a ke
 """
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,22 +58,61 @@ SCHEMAS = {
 # ---- arguments
 
 
-def check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    diagonal: int,
-    softcap: float,
-) -> None:
+class Terms(NamedTuple):
+    """What makes attention of query, key and value: the dense op's other arguments, in order."""
+
+    attn_mask: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    seed: Tensor | None
+    dropout_p: float
+    scale: float
+    left: int
+    right: int
+    diagonal: int
+    softcap: float
+
+
+class Packed(NamedTuple):
+    """The same of the packed op."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    seed: Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+    dropout_p: float
+    scale: float
+    left: int
+    right: int
+    bottom_right: bool
+    softcap: float
+
+
+class Cached(NamedTuple):
+    """The same of the op that reads a cache."""
+
+    cache_seqlens: Tensor
+    block_table: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    scale: float
+    left: int
+    right: int
+    softcap: float
+
+
+def saved_parts(tensors: int, rest: tuple) -> tuple[tuple, Tensor, Tensor, tuple[bool, ...]]:
+    """(terms, out, lse, needs) of a backward's arguments after value; `tensors` come before out."""
+    out, lse = rest[tensors : tensors + 2]
+    return (*rest[:tensors], *rest[tensors + 2 : -1]), out, lse, rest[-1]
+
+
+def check(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
     """Raises ValueError or TypeError that names the argument."""
+    attn_mask, alibi_slopes, sinks, seed, dropout_p, _, left, right, _, softcap = rest
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         require_tensors(query=query, key=key, value=value)
     kind, qs, ks, vs = query.dtype, query.shape, key.shape, value.shape
@@ -96,8 +135,8 @@ def check(
     if alibi_slopes is not None or sinks is not None or dropout_p or seed is not None:
         check_heads(alibi_slopes, sinks, b, h)
         check_dropout(dropout_p, seed)
-    if window_left < -1 or window_right < -1 or softcap < 0.0:
-        check_numbers(window_left, window_right, softcap)
+    if left < -1 or right < -1 or softcap < 0.0:
+        check_numbers(left, right, softcap)
 
 
 def require_tensors(**values: Any) -> None:
@@ -175,28 +214,12 @@ def check_numbers(window_left: int, window_right: int, softcap: float) -> None:
         raise ValueError(f"softcap: expected 0 (off) or more, found {softcap}")
 
 
-def check_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    bottom_right: bool,
-    softcap: float,
-) -> None:
+def check_varlen(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
     """Raises ValueError or TypeError that names the argument.
 
     The values of cu_seqlens are checked where reading them costs no synchronization: on the CPU.
     """
+    o = Packed(*rest)
     require_tensors(query=query, key=key, value=value)
     require_dtypes(query, key, value)
     if query.dim() != 3:
@@ -213,18 +236,18 @@ def check_varlen(
             f"found {list(value.shape)}"
         )
     for name, cu, most, rows in (
-        ("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, query.shape[0]),
-        ("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, key.shape[0]),
+        ("cu_seqlens_q", o.cu_seqlens_q, o.max_seqlen_q, query.shape[0]),
+        ("cu_seqlens_k", o.cu_seqlens_k, o.max_seqlen_k, key.shape[0]),
     ):
         _check_ends(name, cu, most, rows)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+    if o.cu_seqlens_q.shape != o.cu_seqlens_k.shape:
         raise ValueError(
-            f"cu_seqlens_k: expected cu_seqlens_q's shape {list(cu_seqlens_q.shape)}, "
-            f"found {list(cu_seqlens_k.shape)}"
+            f"cu_seqlens_k: expected cu_seqlens_q's shape {list(o.cu_seqlens_q.shape)}, "
+            f"found {list(o.cu_seqlens_k.shape)}"
         )
-    check_heads(alibi_slopes, sinks, cu_seqlens_q.shape[0] - 1, h)
-    check_dropout(dropout_p, seed)
-    check_numbers(window_left, window_right, softcap)
+    check_heads(o.alibi_slopes, o.sinks, o.cu_seqlens_q.shape[0] - 1, h)
+    check_dropout(o.dropout_p, o.seed)
+    check_numbers(o.left, o.right, o.softcap)
 
 
 def _check_ends(name: str, cu: Any, most: int, rows: int) -> None:
@@ -268,31 +291,14 @@ def fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Te
     return out, query.new_empty(rows, dtype=statistics(query.dtype))
 
 
-def fake_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    *_: Any,
-) -> tuple:
+def fake_backward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple:
     """Gradients of query, key, value, attn_mask, sinks."""
-    return tuple(_like(t) for t in (query, key, value, attn_mask, sinks))
+    return tuple(_like(t) for t in (query, key, value, rest[0], rest[2]))
 
 
-def fake_varlen_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    *_: Any,
-) -> tuple:
+def fake_varlen_backward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple:
     """Gradients of query, key, value, sinks."""
-    return tuple(_like(t) for t in (query, key, value, sinks))
+    return tuple(_like(t) for t in (query, key, value, rest[3]))
 
 
 def _like(tensor: Tensor | None) -> Tensor | None:
@@ -319,21 +325,22 @@ def visible_pairs(t: int, s: int, left: int, right: int, diagonal: int) -> int:
 def cost(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Cost:
     """Two products of the visible pairs forward, five backward; every tensor is moved once."""
     b, h, t, _ = query.shape
-    left, right, diagonal = rest[6:9]
-    pairs = b * h * visible_pairs(t, key.shape[2], left, right, diagonal)
+    o = Terms(*rest)
+    pairs = b * h * visible_pairs(t, key.shape[2], o.left, o.right, o.diagonal)
     return _cost(query, key, value, pairs)
 
 
 def cost_varlen(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Cost:
     """As `cost`, summed over the sequences; of fake tensors, as if all were of the same length."""
-    cu_q, cu_k, left, right, bottom = *rest[:2], *rest[9:12]
+    o = Packed(*rest)
+    cu_q, cu_k = o[:2]
     batch = max(1, cu_q.shape[0] - 1)
     if type(cu_q) is Tensor and not cu_q.is_meta:
         ts, ss = cu_q.diff().tolist(), cu_k.diff().tolist()
     else:
         ts, ss = [query.shape[0] // batch] * batch, [key.shape[0] // batch] * batch
     pairs = sum(
-        visible_pairs(t, s, left, right, s - t if bottom else 0)
+        visible_pairs(t, s, o.left, o.right, s - t if o.bottom_right else 0)
         for t, s in zip(ts, ss, strict=True)
     )
     return _cost(query, key, value, pairs * query.shape[1])
@@ -350,28 +357,33 @@ def _cost(query: Tensor, key: Tensor, value: Tensor, pairs: int) -> Cost:
 # ---- the tuner's key
 
 
-def word(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *rest: Any) -> str:
+def word(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> str:
     """What decides about speed: heads, lengths, widths, the kind of mask, the options in use."""
+    o = Terms(*rest)
     b, h, t, d = query.shape
-    kind = words(query).partition("[")[0]
-    mask = "-" if attn_mask is None else str(attn_mask.dtype).removeprefix("torch.")
+    mask = "-" if o.attn_mask is None else str(o.attn_mask.dtype).removeprefix("torch.")
     g, s, dv = key.shape[1], key.shape[2], value.shape[3]
-    used = "".join("x" if x is not None else "-" for x in rest[:2])
-    p, _, left, right, _, cap = rest[3:]
-    window = f"{'-' if left < 0 else bucket(left)},{'-' if right < 0 else bucket(right)}"
     return (
-        f"{kind} b{bucket(b * h)} g{h // g} t{bucket(t)} s{bucket(s)} d{d},{dv} {mask} {window} "
-        f"{used}{'x' if p else '-'}{'x' if cap else '-'}"
+        f"{_kind(query)} b{bucket(b * h)} g{h // g} t{bucket(t)} s{bucket(s)} d{d},{dv} {mask} "
+        f"{_used(o)}"
     )
 
 
 def word_varlen(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> str:
     """As `word`; a batch is known by its tokens and its longest sequences."""
-    (n, h, d), kind = query.shape, words(query).partition("[")[0]
-    most_q, most_k, p, _, left, right, _, cap = rest[5:]
-    used = "".join("x" if x is not None else "-" for x in rest[2:4])
-    window = f"{'-' if left < 0 else bucket(left)},{'-' if right < 0 else bucket(right)}"
+    o, (n, h, d) = Packed(*rest), query.shape
     return (
-        f"{kind} n{bucket(n * h)} g{h // key.shape[1]} t{bucket(most_q)} s{bucket(most_k)} "
-        f"d{d},{value.shape[2]} {window} {used}{'x' if p else '-'}{'x' if cap else '-'}"
+        f"{_kind(query)} n{bucket(n * h)} g{h // key.shape[1]} t{bucket(o.max_seqlen_q)} "
+        f"s{bucket(o.max_seqlen_k)} d{d},{value.shape[2]} {_used(o)}"
     )
+
+
+def _kind(query: Tensor) -> str:
+    return words(query).partition("[")[0]
+
+
+def _used(o: Terms | Packed) -> str:
+    """The window, and which options are in use."""
+    used = (o.alibi_slopes is not None, o.sinks is not None, bool(o.dropout_p), bool(o.softcap))
+    sizes = ("-" if n < 0 else bucket(n) for n in (o.left, o.right))
+    return f"{','.join(map(str, sizes))} {''.join('x' if u else '-' for u in used)}"

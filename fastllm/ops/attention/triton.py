@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from fastllm.core.backend import Backend
-from fastllm.ops.attention import random
+from fastllm.core.memory import adjacent
+from fastllm.ops.attention import random, triton_tiles
 from fastllm.ops.attention.cache import attention_cache_backward
+from fastllm.ops.attention.spec import Cached, Packed, Terms, saved_parts
 from fastllm.ops.matmul.triton import available, tf32
 from fastllm.ops.norm.triton import _interpreted
 
@@ -23,48 +25,35 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"fastllm.kernels.{name}")
 
 
-def _rows(x: Tensor) -> Tensor:
-    """`x` with neighbours along the last dimension."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _bytes(mask: Tensor | None) -> Tensor | None:
     return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
 
 
-def _dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    diagonal: int,
-    softcap: float,
-) -> tuple[Any, Any]:
+def _dense(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Any, Any]:
     """The kernels' Shape and Options of a dense call."""
-    scores = _module("attention_scores")
-    shape = scores.Shape(
-        _rows(query), _rows(key), _rows(value), _bytes(attn_mask),
-        None if alibi_slopes is None else alibi_slopes.contiguous(),
-        None if sinks is None else sinks.contiguous(), seed, tf32=tf32(query),
+    o = Terms(*rest)
+    shape = _module("attention_scores").Shape(
+        *map(adjacent, (query, key, value)), _bytes(o.attn_mask), _solid(o.alibi_slopes),
+        _solid(o.sinks), o.seed, tf32=tf32(query),
     )  # fmt: skip
-    options = scores.Options(
-        scale, window_left, window_right, diagonal, softcap, random.threshold(dropout_p),
-        random.factor(dropout_p), dropout_p > 0.0,
+    return shape, _options(o, o.diagonal)
+
+
+def _solid(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _options(o: Terms | Packed, diagonal: int, bottom: bool = False) -> Any:
+    return _module("attention_scores").Options(
+        o.scale, o.left, o.right, diagonal, o.softcap, random.threshold(o.dropout_p),
+        random.factor(o.dropout_p), o.dropout_p > 0.0, bottom,
     )  # fmt: skip
-    return shape, options
 
 
 def attention(*args: Any) -> tuple[Tensor, Tensor]:
     """(out, lse)"""
     shape, options = _dense(*args)
-    config = _module("attention_configs").forward_config(shape, options)
+    config = triton_tiles.forward_config(shape, options)
     return _module("attention").attention_fwd(shape, options, config)
 
 
@@ -74,64 +63,47 @@ def attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
     *rest: Any,
 ) -> Grads:
     """Gradients of query, key, value, attn_mask, sinks."""
-    *given, needs = rest
-    args: list[Any] = [query, key, value, attn_mask, alibi_slopes, sinks, seed, *given]
-    shape, options = _dense(*args)
-    config = _module("attention_configs").backward_config(shape, options)
-    dq, dk, dv, dmask, dsinks = _module("attention_backward").attention_bwd(
-        _rows(grad_out), grad_lse, shape, options, out, lse, tuple(needs), config
-    )
-    if dmask is not None and attn_mask is not None:
-        dmask = dmask.to(attn_mask.dtype)
+    given, out, lse, needs = saved_parts(4, rest)
+    shape, options = _dense(query, key, value, *given)
+    dq, dk, dv, dmask, dsinks = _gradients(grad_out, grad_lse, shape, options, out, lse, needs)
+    if dmask is not None:
+        dmask = dmask.to(given[0].dtype)
     return dq, dk, dv, dmask, dsinks
 
 
-def _packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    bottom_right: bool,
-    softcap: float,
-) -> tuple[Any, Any]:
+def _gradients(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    shape: Any,
+    options: Any,
+    out: Tensor,
+    lse: Tensor,
+    needs: tuple[bool, ...],
+) -> Grads:
+    config = triton_tiles.backward_config(shape, options)
+    return _module("attention_backward").attention_bwd(
+        adjacent(grad_out), grad_lse, shape, options, out, lse, needs, config
+    )
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Any, Any]:
     """The kernels' Shape and Options of a packed call."""
-    scores = _module("attention_scores")
-    shape = scores.Shape(
-        _rows(query), _rows(key), _rows(value), None,
-        None if alibi_slopes is None else alibi_slopes.contiguous(),
-        None if sinks is None else sinks.contiguous(), seed, cu_seqlens_q.contiguous(),
-        cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k, tf32(query),
+    o = Packed(*rest)
+    shape = _module("attention_scores").Shape(
+        *map(adjacent, (query, key, value)), None, _solid(o.alibi_slopes), _solid(o.sinks), o.seed,
+        o.cu_seqlens_q.contiguous(), o.cu_seqlens_k.contiguous(), o.max_seqlen_q, o.max_seqlen_k,
+        tf32(query),
     )  # fmt: skip
-    options = scores.Options(
-        scale, window_left, window_right, 0, softcap, random.threshold(dropout_p),
-        random.factor(dropout_p), dropout_p > 0.0, bottom_right,
-    )  # fmt: skip
-    return shape, options
+    return shape, _options(o, 0, o.bottom_right)
 
 
 def attention_varlen(*args: Any) -> tuple[Tensor, Tensor]:
     """(out, lse)"""
     shape, options = _packed(*args)
-    config = _module("attention_configs").forward_config(shape, options)
+    config = triton_tiles.forward_config(shape, options)
     return _module("attention").attention_fwd(shape, options, config)
 
 
@@ -141,48 +113,24 @@ def attention_varlen_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
     *rest: Any,
 ) -> Grads:
     """Gradients of query, key, value, sinks."""
-    *given, needs = rest
-    tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed)
-    args: list[Any] = [*tensors, *given]
-    shape, options = _packed(*args)
-    config = _module("attention_configs").backward_config(shape, options)
+    given, out, lse, needs = saved_parts(5, rest)
+    shape, options = _packed(query, key, value, *given)
     wanted = (*needs[:3], False, needs[3])
-    dq, dk, dv, _, dsinks = _module("attention_backward").attention_bwd(
-        _rows(grad_out), grad_lse, shape, options, out, lse, wanted, config
-    )
+    dq, dk, dv, _, dsinks = _gradients(grad_out, grad_lse, shape, options, out, lse, wanted)
     return dq, dk, dv, dsinks
 
 
 def attention_cache(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)"""
-    table, slopes, offsets = (
-        x if x is None else x.contiguous() for x in (block_table, alibi_slopes, sinks)
-    )
+    o = Cached(*rest)
     return _module("attention_decode").attention_decode(
-        _rows(query), _rows(k_cache), _rows(v_cache), cache_seqlens.contiguous(), table, slopes,
-        offsets, scale, window_left, window_right, softcap, tf32=tf32(query),
+        adjacent(query), adjacent(k_cache), adjacent(v_cache), o.cache_seqlens.contiguous(),
+        _solid(o.block_table), _solid(o.alibi_slopes), _solid(o.sinks), *o[4:], tf32=tf32(query),
     )  # fmt: skip
 
 

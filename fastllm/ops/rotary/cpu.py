@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastllm import _C
 from fastllm.core.backend import Backend
-from fastllm.core.memory import empty
+from fastllm.core.memory import adjacent, empty
 from fastllm.ops.rotary.reference import no_gradient, rotary_embedding_backward
 
 Sizes = tuple[int, ...]
@@ -18,7 +18,7 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def rotary_embedding(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    query, key = _adjacent(query), _adjacent(key)
+    query, key = adjacent(query), adjacent(key)
     cos, sin = cos.contiguous(), sin.contiguous()
     out = empty(query.shape, query.dtype), empty(key.shape, key.dtype)
     rotate(query, out[0], cos, sin, rotary_dim, interleaved, False)
@@ -50,7 +50,7 @@ def backward(
             return None
         if no_gradient(grad, shape):
             return torch.zeros(shape, dtype=dtype)
-        grad = _adjacent(grad.to(dtype))  # type: ignore[union-attr]
+        grad = adjacent(grad.to(dtype))  # type: ignore[union-attr]
         out = empty(shape, dtype)
         rotate(grad, out, cos, sin, rotary_dim, interleaved, True)
         return out
@@ -69,11 +69,6 @@ def rotate(
         sin.data_ptr(), *x.shape, rotary_dim, width, step, *x.stride()[:3], *out.stride()[:3],
         interleaved, back, torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _adjacent(x: Tensor) -> Tensor:
-    """x with adjacent columns: itself wherever they are, whatever the other strides."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def supports(query: Tensor, key: Tensor, cos: Tensor, *_: Any) -> str | None:
