@@ -26,6 +26,7 @@ DOT_FAMILIES = (
     "attention",
     "loss",
     "qgemm",
+    "sparse",
 )  # with kernels of their own at avx512_bf16 and amx (csrc/cpu/isa.h)
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 

@@ -37,6 +37,7 @@ from fastllm.ops.preference import (
 from fastllm.ops.quant_linear import quant_linear
 from fastllm.ops.rotary import rotary_embedding, rotary_embedding_
 from fastllm.ops.softmax import log_softmax, softmax
+from fastllm.ops.sparse_linear import sparse_linear
 
 __all__ = [
     "add_layer_norm",
@@ -78,6 +79,7 @@ __all__ = [
     "silu",
     "simpo_loss",
     "softmax",
+    "sparse_linear",
     "swiglu",
     "token_log_probs",
 ]

@@ -49,6 +49,17 @@ def test_gptq_beats_rounding(layer, name):
     assert outputs(Config(name, method="gptq"), weight, x, calibration) > plain + 0.8
 
 
+@pytest.mark.parametrize("name", ["int4_g32", "int4_asym_g64", "nf4", "int8"])
+def test_act_order_beats_the_order_of_the_columns(layer, name):
+    weight, calibration, x = layer
+    plain = outputs(Config(name, method="gptq"), weight, x, calibration)
+    ordered = Config(name, method="gptq", act_order=True)
+    assert outputs(ordered, weight, x, calibration) > plain + 0.3
+    assert "act order" in str(ordered)
+    with pytest.raises(ValueError, match="act_order"):
+        Config(name, act_order=True)
+
+
 @pytest.mark.parametrize("name", ["int4_g32", "int4_g128", "nf4"])
 def test_awq_beats_rounding(layer, name):
     weight, calibration, x = layer

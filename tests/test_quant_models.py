@@ -1,72 +1,22 @@
-"""fastllm.quantize on models: what changes, what is left, the way back, saving, training on top."""
+"""fastllm.quantize on models: what changes, what is left, the way back, transformers, PEFT."""
 
 import copy
 import io
-import pickle
 
 import pytest
 import torch
+from quant_models import NAMES, Net, gpt2, llama, states_equal
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import fastllm
 from fastllm.quant import Config, QuantLinear, float_state_dict
 from fastllm.quant import quantize as quantize_tensor
 from fastllm.quant.calibrate import sqnr
 
-NAMES = ("int8", "int8_weight", "int4", "int4_asym_g32", "nf4", "nf4_double", "fp8", "mxfp8")
-
-
-class Net(nn.Module):
-    def __init__(self, width=48, bias=True):
-        super().__init__()
-        self.up, self.act = nn.Linear(width, 3 * width, bias=bias), nn.GELU()
-        self.down, self.norm = nn.Linear(3 * width, width, bias=bias), nn.LayerNorm(width)
-
-    def forward(self, x):
-        return self.norm(x + self.down(self.act(self.up(x))))
-
 
 @pytest.fixture
 def x():
     return torch.randn(5, 7, 48)
-
-
-def llama(tied=False, **options):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        tie_word_embeddings=tied, **options,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def gpt2():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(
-        vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2,
-        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
-def same(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
-
-
-def states_equal(a, b):
-    """Bytes, since NaN is not itself and not every dtype compares."""
-    if list(a) != list(b):
-        return False
-    views = (
-        (x.contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8))
-        for n, x in a.items()
-        if x.dim()
-    )
-    return all(torch.equal(x, y) for x, y in views)
 
 
 # ---- what it does
@@ -245,157 +195,6 @@ def test_errors_name_the_argument(call, error, message):
         call(Net())
 
 
-# ---- the layer
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_moves_copies_and_pickles(name, x):
-    model = Net()
-    fastllm.quantize(model, name)
-    expected = model(x)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(x), expected)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    assert torch.equal(torch.load(buffer, weights_only=False)(x), expected)
-    codes = {n: b.clone() for n, b in model.up.named_buffers()}
-    moved = model.to(torch.bfloat16).float().half().double()
-    assert moved.up.weight.dtype == torch.float64 and moved.up.bias.dtype == torch.float64
-    now = dict(moved.up.named_buffers())
-    assert {n: b.dtype for n, b in now.items()} == {n: b.dtype for n, b in codes.items()} | {
-        "_like": torch.float64
-    }
-    assert states_equal(
-        {n: b for n, b in codes.items() if n != "_like"}, {n: now[n] for n in codes if n != "_like"}
-    )
-    assert model.to("meta").up.codes.is_meta
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_state_dict_into_a_freshly_quantized_model(name, x, tmp_path):
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    from safetensors.torch import load_file
-
-    source, target = Net(), Net()
-    fastllm.quantize(source, name)
-    fastllm.quantize(target, name)
-    assert not torch.equal(source(x), target(x))
-    save_file(source.state_dict(), tmp_path / "model.safetensors")
-    target.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    assert torch.equal(source(x), target(x))
-    fastllm.quantize(third := Net(), name)
-    third.load_state_dict(source.state_dict(), assign=True)
-    assert torch.equal(source(x), third(x))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_loads_a_float_state_dict(name, x):
-    source, target = Net(), Net()
-    fastllm.quantize(target, name)
-    target.load_state_dict(source.state_dict())
-    fastllm.quantize(source, name)
-    assert torch.equal(source(x), target(x))
-
-
-def test_the_quantized_state_as_a_float_one(x):
-    source, target = Net(), Net()
-    fastllm.quantize(source, "int4")
-    target.load_state_dict(float_state_dict(source))
-    assert torch.equal(target.up.weight, source.up.dense())
-
-
-def test_another_format_or_shape_is_refused():
-    source, target = Net(), Net()
-    fastllm.quantize(source, "nf4")
-    fastllm.quantize(target, "fp4")
-    with pytest.raises(RuntimeError, match=r"expected fp4_g64 with float .*, found nf4_g64"):
-        target.load_state_dict(source.state_dict())
-    with pytest.raises(RuntimeError, match="expected shape"):
-        target.load_state_dict(Net(32).state_dict())
-    bad = Net().state_dict()
-    bad["up.weight"][0, 0] = float("inf")
-    with pytest.raises(RuntimeError, match=r"up.weight: tensor: expected finite"):
-        target.load_state_dict(bad)
-
-
-def test_calibrated_scales_are_loaded(x):
-    source, target = Net(), Net()
-    fastllm.quantize(source, Config("int8", "int8_static", smooth=0.5), calibrate=x)
-    fastllm.quantize(target, "int8")
-    target.load_state_dict(source.state_dict())
-    assert torch.equal(source(x), target(x))
-
-
-def test_a_layer_of_its_own(x):
-    layer = QuantLinear(48, 16, format="int4", activations="float")
-    assert layer(x).shape == (5, 7, 16)
-    assert "int4_g32" in repr(layer)
-    twin = QuantLinear.from_float(nn.Linear(48, 16), "int8", "int8")
-    assert twin.activations == 1 and twin(x).shape == (5, 7, 16)
-    layer.reset_parameters()
-    with pytest.raises(ValueError, match="weight: expected shape"):
-        layer.set_weight(torch.zeros(3, 3))
-
-
-def test_weight_is_read_not_written(x):
-    layer = QuantLinear(48, 16, format="int8")
-    w = layer.weight
-    assert (w.shape, w.dtype, w.device.type) == ((16, 48), torch.float32, "cpu")
-    assert torch.equal(w + 0, layer.dense()) and torch.equal(x @ w.t(), x @ layer.dense().t())
-    assert w.numpy().shape == (16, 48) and torch.equal(copy.deepcopy(w), layer.dense())
-    for write in (lambda: w.add_(1), lambda: w.zero_(), lambda: w.__setitem__(0, 1.0)):
-        with torch.no_grad(), pytest.raises(RuntimeError, match="weight: it is computed"):
-            write()
-    with pytest.raises((KeyError, AttributeError)):
-        layer.weight = nn.Parameter(torch.zeros(16, 48))
-    goal = torch.randn(16, 48)
-    layer.weight.data = goal
-    assert sqnr(goal, layer.dense()) > 38
-
-
-# ---- gradients, autocast, compile
-
-
-@pytest.mark.parametrize("name", ["int8", "int8_weight", "int4", "nf4"])
-def test_gradients_of_input_and_bias(name, x):
-    layer = QuantLinear.from_float(
-        nn.Linear(48, 16),
-        *(("int8", "int8") if name == "int8" else (name.removesuffix("_weight"),)),
-    )
-    x.requires_grad_()
-    upstream = torch.randn(5, 7, 16)
-    dx, db = torch.autograd.grad(layer(x), [x, layer.bias], upstream)
-    assert (dx - upstream @ layer.dense()).norm() <= 1e-5 * dx.norm()
-    assert torch.allclose(db, upstream.sum((0, 1)), rtol=1e-5, atol=1e-5)
-    again = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False), x, upstream)[0]
-    assert torch.equal(again, dx)
-
-
-@pytest.mark.parametrize("name", ["int8", "int4", "nf4", "fp8"])
-def test_autocast(name, x):
-    model = Net()
-    fastllm.quantize(model, name)
-    expected = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model.up(x).dtype == torch.bfloat16
-        assert sqnr(expected, model(x)) > 25
-
-
-@pytest.mark.parametrize("name", ["int8", "int4", "nf4_double", "fp8"])
-def test_compile_in_one_graph(name, x):
-    torch._dynamo.reset()
-    model = Net()
-    fastllm.quantize(model, name)
-    compiled = torch.compile(model, fullgraph=True)
-    with torch.no_grad():
-        assert sqnr(model(x), compiled(x)) > 60
-    x.requires_grad_()
-    upstream = torch.randn_like(x)
-    ours, theirs = (torch.autograd.grad(m(x), x, upstream)[0] for m in (compiled, model))
-    assert sqnr(theirs, ours) > 60
-
-
 # ---- transformers, PEFT, swap
 
 
@@ -516,6 +315,7 @@ def test_progress_is_a_line_on_a_terminal(monkeypatch):
         def isatty(self):
             return True
 
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
     for stream, expected in ((Terminal(), True), (io.StringIO(), False)):
         bar = progress.Progress(stream)

@@ -10,6 +10,7 @@
 #include "cuda/norm.h"
 #include "cuda/norm_params.h"
 #include "cuda/optim.h"
+#include "cuda/quant.h"
 
 namespace py = pybind11;
 using namespace fastllm;
@@ -136,6 +137,43 @@ void step(int kind, uintptr_t rows, uintptr_t shares, int64_t row_count, int64_t
                    pointer(stream)));
 }
 
+QuantWeight quant_weight(int kind, uintptr_t codes, int64_t n, int64_t k, int64_t row,
+                         uintptr_t scales, uintptr_t zeros, int scale_type, int64_t scale_row,
+                         int64_t group, uintptr_t table) {
+  if (kind < kQuantInt8 || kind > kQuantFp4) throw py::value_error("kind: expected 0 to 3");
+  if (kind >= kQuantNf4 && !table) throw py::value_error("table: expected with nf4 and fp4");
+  if (n < 1 || n > INT32_MAX || k < 32 || k % 32 || group < 32 || (group != k && group % 32)) {
+    throw py::value_error("n, k, group: out of range");
+  }
+  if (codes % 16 || row % 16) throw py::value_error("codes: expected rows on 16 bytes");
+  return {kind, pointer(codes), n, k, row, pointer(scales), pointer(zeros), scale_type, scale_row,
+          group, pointer<const float>(table)};
+}
+
+void gemv(int dtype, uintptr_t x, int64_t m, int64_t x_row, int kind, uintptr_t codes, int64_t n,
+          int64_t k, int64_t row, uintptr_t scales, uintptr_t zeros, int scale_type,
+          int64_t scale_row, int64_t group, uintptr_t table, uintptr_t bias, uintptr_t out,
+          int device, uintptr_t stream) {
+  check_dtypes(dtype, dtype);
+  const QuantWeight w =
+      quant_weight(kind, codes, n, k, row, scales, zeros, scale_type, scale_row, group, table);
+  if (m < 1 || m > 1024 || !aligned(dtype, x_row, x)) throw py::value_error("x: does not fit");
+  py::gil_scoped_release release;
+  check(quant_gemv(dtype, {pointer(x), m, x_row, w, pointer(bias), pointer(out)}, device,
+                   pointer(stream)));
+}
+
+void dequantize(int dtype, int kind, uintptr_t codes, int64_t n, int64_t k, int64_t row,
+                uintptr_t scales, uintptr_t zeros, int scale_type, int64_t scale_row, int64_t group,
+                uintptr_t table, uintptr_t out, int device, uintptr_t stream) {
+  check_dtypes(dtype, dtype);
+  const QuantWeight w =
+      quant_weight(kind, codes, n, k, row, scales, zeros, scale_type, scale_row, group, table);
+  if (!aligned(dtype, k, out)) throw py::value_error("out: does not fit");
+  py::gil_scoped_release release;
+  check(quant_dequantize(dtype, w, pointer(out), device, pointer(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -155,4 +193,13 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("row_count"), py::arg("share_count"), py::arg("uses"), py::arg("squares"),
         py::arg("scale"), py::arg("found"), py::arg("norm"), py::arg("max_norm"),
         py::arg("settings"), py::arg("counts"), py::arg("device"), py::arg("stream"));
+  m.def("quant_gemv", &gemv, py::arg("dtype"), py::arg("x"), py::arg("m"), py::arg("x_row"),
+        py::arg("kind"), py::arg("codes"), py::arg("n"), py::arg("k"), py::arg("row"),
+        py::arg("scales"), py::arg("zeros"), py::arg("scale_type"), py::arg("scale_row"),
+        py::arg("group"), py::arg("table"), py::arg("bias"), py::arg("out"), py::arg("device"),
+        py::arg("stream"));
+  m.def("quant_dequantize", &dequantize, py::arg("dtype"), py::arg("kind"), py::arg("codes"),
+        py::arg("n"), py::arg("k"), py::arg("row"), py::arg("scales"), py::arg("zeros"),
+        py::arg("scale_type"), py::arg("scale_row"), py::arg("group"), py::arg("table"),
+        py::arg("out"), py::arg("device"), py::arg("stream"));
 }

@@ -14,3 +14,4 @@ from fastllm.ops import quant as quant
 from fastllm.ops import quant_linear as quant_linear
 from fastllm.ops import rotary as rotary
 from fastllm.ops import softmax as softmax
+from fastllm.ops import sparse_linear as sparse_linear

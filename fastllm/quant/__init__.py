@@ -14,6 +14,7 @@ from fastllm.quant.config import Config as Config
 from fastllm.quant.formats import PRESETS as PRESETS
 from fastllm.quant.formats import Format as Format
 from fastllm.quant.formats import parse as parse
+from fastllm.quant.int8_training import prepare_int8_training as prepare_int8_training
 from fastllm.quant.interop import read_awq as read_awq
 from fastllm.quant.interop import read_bitsandbytes as read_bitsandbytes
 from fastllm.quant.interop import read_gptq as read_gptq
@@ -27,6 +28,9 @@ from fastllm.quant.qat import prepare_qat as prepare_qat
 from fastllm.quant.qtensor import QTensor as QTensor
 from fastllm.quant.qtensor import dequantize as dequantize
 from fastllm.quant.qtensor import quantize as quantize
+from fastllm.quant.sparse import SparseLinear as SparseLinear
+from fastllm.quant.sparse import to_dense as to_dense
+from fastllm.quant.sparse import to_sparse as to_sparse
 from fastllm.quant.structured import prune_channels as prune_channels
 from fastllm.quant.structured import prune_heads as prune_heads
 

@@ -25,6 +25,7 @@ class Config:
                  calibration stay in float, with their columns of the weight
     head         the output layer of a language model, too. It is left in float otherwise, as
                  other libraries do: it is the most sensitive one, and often tied to the embedding
+    act_order    "gptq" goes through the columns by the size of their inputs, the largest first
 
     Raises ValueError or TypeError that names the field.
     """
@@ -35,6 +36,7 @@ class Config:
     smooth: float | None = None
     outliers: float | None = None
     head: bool = False
+    act_order: bool = False
 
     def __post_init__(self) -> None:
         form = self.format
@@ -54,6 +56,8 @@ class Config:
             )
         if self.method == "gptq" and (form.double or form.group < -1):
             raise ValueError(f"method: 'gptq' expects scales by rows or groups, found {form}")
+        if self.act_order and self.method != "gptq":
+            raise ValueError(f"act_order: expected with method 'gptq' only, found {self.method!r}")
         if self.smooth is not None and not 0 < self.smooth < 1:
             raise ValueError(f"smooth: expected a number between 0 and 1, found {self.smooth!r}")
         if self.smooth is not None and self.method == "awq":
@@ -84,7 +88,7 @@ class Config:
         if self.activations != "float":
             parts.append(f"{self.activations} activations")
         if self.method != "round":
-            parts.append(self.method)
+            parts.append(self.method + ", act order" * self.act_order)
         if self.smooth is not None:
             parts.append(f"smooth {self.smooth:g}")
         if self.outliers is not None:

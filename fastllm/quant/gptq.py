@@ -16,10 +16,18 @@ BLOCK = 128  # columns whose corrections reach the rest of the matrix at once
 DAMP = 0.01  # of the mean of the Hessian's diagonal, added to it
 
 
-def gptq(weight: Tensor, format: Format, gram: Tensor) -> QTensor:
-    """weight [N, K] in `format`; gram [K, K] is X^T X of its inputs."""
-    w = weight.float().clone()
-    n, k = w.shape
+def gptq(weight: Tensor, format: Format, gram: Tensor, act_order: bool = False) -> QTensor:
+    """weight [N, K] in `format`; gram [K, K] is X^T X of its inputs.
+
+    act_order: columns whose inputs are largest come first, while the most others are left to make
+    up for them. Groups stay where they are, so their scales are those of the weight as it came.
+    """
+    n, k = weight.shape
+    order = torch.arange(k, device=weight.device)
+    if act_order:
+        order = gram.diagonal().argsort(descending=True, stable=True)
+        gram = gram[order][:, order]
+    w, place = weight.float()[:, order], order.tolist()
     upper = inverse_factor(gram)
     group = format.group if format.group > 0 else k
     scales, zeros = scales_of(weight, format)
@@ -32,8 +40,8 @@ def gptq(weight: Tensor, format: Format, gram: Tensor) -> QTensor:
         end = min(begin + step, k)
         block, errors = w[:, begin:end], torch.empty(n, end - begin, device=w.device)
         for i in range(begin, end):
-            g = i // group
-            if format.group > 0 and i % group == 0:
+            g = place[i] // group
+            if format.group > 0 and i % group == 0 and not act_order:
                 part = w[:, i : min(i + group, k)]
                 s, z = scales_of(part.to(weight.dtype), by_row(format))
                 raw[:, g : g + 1], own[:, g : g + 1] = s, layout.numbers(s, torch.float32)
@@ -42,8 +50,9 @@ def gptq(weight: Tensor, format: Format, gram: Tensor) -> QTensor:
             scale = own[:, g] if own.dim() == 2 else own
             unit = torch.where(scale == 0, 1.0, scale)
             zero: Zero = shift[:, g] if zeros.numel() else 8
-            numbers[:, i] = snap(w[:, i] / unit, format, zero)
-            error = (w[:, i] - numbers[:, i] * scale) / upper[i, i]
+            found = snap(w[:, i] / unit, format, zero)
+            numbers[:, place[i]] = found
+            error = (w[:, i] - found * scale) / upper[i, i]
             block[:, i - begin + 1 :] -= error.unsqueeze(1) * upper[i, i + 1 : end]
             errors[:, i - begin] = error
         w[:, end:] -= errors @ upper[begin:end, end:]

@@ -47,7 +47,7 @@ def encode(weight: Tensor, config: Config, stats: Stats | None) -> Encoded:
     scaled = weight if scales is None else (weight.float() * scales).to(weight.dtype)
     if config.method == "gptq" and stats is not None:
         gram = stats.gram if scales is None else stats.gram / scales / scales.unsqueeze(1)
-        q = gptq(scaled, form, gram)
+        q = gptq(scaled, form, gram, config.act_order)
     elif config.method == "hqq":
         q = hqq(scaled, form)
     else:

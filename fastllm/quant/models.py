@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from fastllm.core.run import Call, as_calls
-from fastllm.core.select import chosen, paths_of
 from fastllm.quant import calibrate as data
 from fastllm.quant import select
 from fastllm.quant.config import Config, as_config
@@ -14,8 +13,9 @@ from fastllm.quant.formats import Format
 from fastllm.quant.linear import CODES, FOUND, Original, QuantLinear, adopt
 from fastllm.quant.methods import encode
 from fastllm.quant.progress import Progress
-from fastllm.quant.report import Report, Row
+from fastllm.quant.report import Report, Row, nbytes
 from fastllm.quant.select import oriented
+from fastllm.quant.sparse import PARTS, SparseLinear
 
 UNREACHED = "calibration never reached it: rounded to the nearest"
 
@@ -130,16 +130,11 @@ def _plan(
     model: nn.Module, include: Any, exclude: Any, config: Config
 ) -> tuple[dict[nn.Module, Row], list[Row]]:
     """The layers to quantize, and a row for each that was looked at."""
-    paths = paths_of(model)
-    allowed = set(paths) if include is None else chosen(model, paths, "include", include)
-    barred = set() if exclude is None else chosen(model, paths, "exclude", exclude)
-    known = select.facts(paths)
+    known, found = select.candidates(model, include, exclude)
     plan: dict[nn.Module, Row] = {}
     rows = []
-    for module, names in paths.items():
-        if not select.is_linear(module) or module not in allowed or module in barred:
-            continue
-        row = Row(names[0], select.kind_of(module).__name__, before=nbytes(module))
+    for module, path in found:
+        row = Row(path, select.kind_of(module).__name__, before=nbytes(module))
         rows.append(row)
         row.reason = select.why_not(module, known, config.head) or ""
         if not row.reason:
@@ -182,26 +177,18 @@ def _one(
     row.sqnr = data.sqnr(weight, layer.dense(), None if stats is None else stats.gram)
 
 
-def nbytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
-    seen: dict[int, int] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        seen[id(tensor)] = tensor.nbytes
-    return sum(seen.values())
-
-
 def float_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state_dict of the float model that a quantized one stands for, with its keys.
+    """The state_dict of the float model that a quantized or sparse one stands for, with its keys.
 
     Loads into the model before it was quantized, with torch's load_state_dict or anybody's.
     """
     state = dict(model.state_dict())
     for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, QuantLinear):
+        if not isinstance(module, QuantLinear | SparseLinear):
             continue
         prefix = path + "." if path else ""
-        for name in CODES:
+        for name in (*CODES, *PARTS):
             state.pop(prefix + name, None)
-        weight = module.dense()
-        state[prefix + "weight"] = weight.t().contiguous() if module.transposed else weight
+        weight, turned = module.dense(), isinstance(module, QuantLinear) and module.transposed
+        state[prefix + "weight"] = weight.t().contiguous() if turned else weight
     return state

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as stock
 
 from fastllm.core.run import as_calls
-from fastllm.core.select import chosen, paths_of
 from fastllm.quant import calibrate as data
 from fastllm.quant import select
 from fastllm.quant.select import oriented
@@ -107,15 +106,10 @@ def prune(
     """
     calls = None if calibrate is None else as_calls(calibrate, "calibrate")
     _check(amount, method, pattern, calls)
-    paths = paths_of(model)
-    allowed = set(paths) if include is None else chosen(model, paths, "include", include)
-    barred = set() if exclude is None else chosen(model, paths, "exclude", exclude)
-    known, made = select.facts(paths), Pruning()
-    layers: dict[nn.Module, Pruned] = {}
-    for module, names in paths.items():
-        if not select.is_linear(module) or module not in allowed or module in barred:
-            continue
-        row = Pruned(names[0])
+    known, found = select.candidates(model, include, exclude)
+    made, layers = Pruning(), {}
+    for module, path in found:
+        row = Pruned(path)
         made.rows.append(row)
         row.reason = select.why_not(module, known, include is not None) or ""
         width = oriented(module).shape[1] if not row.reason else 0

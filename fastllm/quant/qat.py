@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.core.instances import assign
-from fastllm.core.select import chosen, paths_of
 from fastllm.ops import quant as ops
 from fastllm.ops.quant import layout
 from fastllm.ops.quant_linear import quant_linear
@@ -21,9 +20,8 @@ from fastllm.quant.config import Config, as_config
 from fastllm.quant.formats import Format
 from fastllm.quant.grid import codes_of, limits, scales_of, snap
 from fastllm.quant.linear import ACTIVATIONS, adopt
-from fastllm.quant.models import nbytes
 from fastllm.quant.qtensor import QTensor, check_finite, nest, unnest
-from fastllm.quant.report import Report, Row
+from fastllm.quant.report import Report, Row, nbytes
 
 
 class QATLinear(nn.Linear):
@@ -181,28 +179,17 @@ def prepare_qat(
         raise ValueError(f"learn_ranges: expected a symmetric format by groups, found {form}")
     if learn_ranges and form.kind == "mxfp8":
         raise ValueError("learn_ranges: mxfp8's scales are powers of two")
-    paths = paths_of(model)
-    allowed = set(paths) if include is None else chosen(model, paths, "include", include)
-    barred = set() if exclude is None else chosen(model, paths, "exclude", exclude)
-    known, rows = select.facts(paths), []
-    for module, names in paths.items():
-        if not select.is_linear(module) or module not in allowed or module in barred:
-            continue
-        row = Row(names[0], select.kind_of(module).__name__, before=nbytes(module))
+    known, found = select.candidates(model, include, exclude)
+    rows = []
+    for module, path in found:
+        row = Row(path, select.kind_of(module).__name__, before=nbytes(module))
         rows.append(row)
-        row.reason = _why_not(module, known, config) or ""
+        why = select.why_not_own(module, known, config.head, QATLinear, "already prepared")
+        row.reason = why or ""
         if not row.reason:
             _prepare(module, config, learn_ranges)
             row.new, row.after = f"trained as {config}", nbytes(module)
     return Report(rows, nbytes(model), nbytes(model), f"{config}, prepared")
-
-
-def _why_not(module: Any, known: select.Facts, config: Config) -> str | None:
-    if isinstance(module, QATLinear):
-        return "already prepared"
-    if select.is_conv1d(module):
-        return "Conv1D: its weight is transposed"
-    return select.why_not(module, known, config.head)
 
 
 def _prepare(module: Any, config: Config, learn_ranges: bool) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from torch import nn
+
 COLUMNS = ("path", "from", "to", "before", "after", "SQNR dB", "why left")
 
 
@@ -80,6 +82,14 @@ class Report:
             widths = {i: max(len(row[i]) for row in cells) for i in used}
             lines += ["", *("  ".join(r[i].ljust(widths[i]) for i in used).rstrip() for r in cells)]
         return "\n".join(lines)
+
+
+def nbytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    seen: dict[int, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        seen[id(tensor)] = tensor.nbytes
+    return sum(seen.values())
 
 
 def size(count: int) -> str:

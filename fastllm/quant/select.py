@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastllm import nn as fast
 from fastllm.core.instances import is_bound
-from fastllm.core.select import Paths
+from fastllm.core.select import Paths, chosen, paths_of
 
 HEADS = ("lm_head", "embed_out", "output_projection")  # where the model itself does not say
 _FORWARDS = (nn.Linear.forward, fast.Linear.forward)
@@ -24,6 +24,15 @@ class Facts:
     shared: dict[int, list[str]]
     adapters: frozenset[nn.Module]
     owned: frozenset[nn.Module]
+
+
+def candidates(model: nn.Module, include: Any, exclude: Any) -> tuple[Facts, list[tuple[Any, str]]]:
+    """The linear layers that the caller's wishes leave, each with its path."""
+    paths = paths_of(model)
+    allowed = set(paths) if include is None else chosen(model, paths, "include", include)
+    barred = set() if exclude is None else chosen(model, paths, "exclude", exclude)
+    found = [(m, names[0]) for m, names in paths.items() if m in allowed and m not in barred]
+    return facts(paths), [(m, path) for m, path in found if is_linear(m)]
 
 
 def facts(paths: Paths) -> Facts:
@@ -111,6 +120,15 @@ def why_not(module: Any, known: Facts, head: bool) -> str | None:
     if id(weight) in known.shared and module not in known.heads:
         return f"its weight is shared: {', '.join(known.shared[id(weight)])}"
     return None
+
+
+def why_not_own(module: Any, known: Facts, head: bool, own: type, done: str) -> str | None:
+    """The same, for what makes a Linear, and no Conv1D, an `own`: `done` says that it is one."""
+    if isinstance(module, own):
+        return done
+    if is_conv1d(module):
+        return "Conv1D: its weight is transposed"
+    return why_not(module, known, head)
 
 
 def _tied(module: Any, known: Facts) -> str:

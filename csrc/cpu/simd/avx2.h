@@ -1,5 +1,6 @@
 // The vector vocabulary on AVX2 with FMA and F16C: 8 floats. Included inside a target region.
 #define FASTLLM_WORDS "cpu/simd/words_avx2.h"  // for kernels on integers
+#define FASTLLM_KEPT "cpu/simd/kept_avx2.h"    // for weights of which half is kept
 constexpr int W = 8;
 
 struct Vec {

@@ -1,5 +1,6 @@
 // The vector vocabulary on AVX-512 (F, BW, DQ, VL): 16 floats. Included inside a target region.
 #define FASTLLM_WORDS "cpu/simd/words_avx512.h"  // for kernels on integers
+#define FASTLLM_KEPT "cpu/simd/kept_avx512.h"    // for weights of which half is kept
 constexpr int W = 16;
 
 struct Vec {

@@ -1,6 +1,7 @@
 // The vector vocabulary on AArch64 NEON: 4 floats. fp16 conversion is part of the base
 // architecture.
 #define FASTLLM_WORDS "cpu/simd/words_neon.h"  // for kernels on integers
+#define FASTLLM_KEPT "cpu/simd/kept_any.h"       // for weights of which half is kept
 constexpr int W = 4;
 
 struct Vec {

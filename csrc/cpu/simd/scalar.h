@@ -1,5 +1,6 @@
 // The vector vocabulary for any CPU: four floats in the compiler's own vector type, no intrinsics.
 #define FASTLLM_WORDS "cpu/simd/words_scalar.h"  // for kernels on integers
+#define FASTLLM_KEPT "cpu/simd/kept_any.h"       // for weights of which half is kept
 constexpr int W = 4;
 
 typedef float f32x4 __attribute__((vector_size(16)));

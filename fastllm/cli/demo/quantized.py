@@ -25,8 +25,9 @@ from fastllm.cli.demo import encoder
 from fastllm.cli.demo.llama import Size, Trainer, batch_of, held_out
 from fastllm.cli.demo.text import batches, sentences
 from fastllm.core.measure import Measurement, Ratio, interleave
-from fastllm.quant.models import nbytes, quantize
+from fastllm.quant.models import quantize
 from fastllm.quant.qat import convert_qat, prepare_qat
+from fastllm.quant.report import nbytes
 from fastllm.swap.engine import swap_model as swap
 
 FLOAT, QUANTIZED = "float32", "int8"

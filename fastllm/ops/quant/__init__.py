@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastllm.core.dispatch import define
-from fastllm.ops.quant import cpu, reference, spec, stock, triton
+from fastllm.ops.quant import cpu, cuda, reference, spec, stock, triton
 from fastllm.ops.quant.cases import dequantize_cases, quantize_cases
 
 quantize_op = define(
@@ -30,7 +30,7 @@ quantize_op = define(
 )
 dequantize_op = define(
     "dequantize",
-    (cpu.BACKENDS["dequantize"], triton.BACKENDS["dequantize"], stock.BACKENDS["dequantize"]),
+    [module.BACKENDS["dequantize"] for module in (cpu, triton, cuda, stock)],
     reference,
     family="quant",
     schema=spec.DEQUANTIZE,

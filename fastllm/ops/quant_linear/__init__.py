@@ -5,12 +5,12 @@ from torch import Tensor
 
 from fastllm.core.autocast import cast, casting
 from fastllm.core.dispatch import define
-from fastllm.ops.quant_linear import cpu, reference, spec, stock, triton
+from fastllm.ops.quant_linear import cpu, cuda, reference, spec, stock, triton
 from fastllm.ops.quant_linear.cases import cases
 
 quant_linear_op = define(
     "quant_linear",
-    (cpu.BACKEND, triton.BACKEND, stock.BACKEND),
+    (cpu.BACKEND, triton.BACKEND, cuda.BACKEND, stock.BACKEND),
     reference,
     family="quant_linear",
     schema=spec.SCHEMA,

@@ -1,0 +1,70 @@
+"""Weights that keep two of every four neighbours along a row (2:4), and where these two belong.
+
+values [N, 2 ceil(K / 4)]   the two of each four, in order
+kept   [N, ceil(K / 8)]     uint8; bit j of byte i says that element 8 i + j is kept. Exactly two
+                            bits of every four are set: what lies past K is kept with the value 0
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rows(x: Tensor) -> Tensor:
+    """[*, K] as a matrix, whatever is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def count(k: int) -> int:
+    """Values of a row."""
+    return 2 * -(-k // 4)
+
+
+@functools.cache
+def _places(device: torch.device) -> Tensor:
+    """[16, 2]: which two of four elements the four bits name."""
+    pairs = [[j for j in range(4) if bits >> j & 1] for bits in range(16)]
+    return torch.tensor([[*p, 0, 1][:2] for p in pairs], device=device)
+
+
+def places(kept: Tensor, k: int) -> Tensor:
+    """[N, 2 ceil(K / 4)] int64: the column of each value."""
+    groups = count(k) // 2
+    nibbles = torch.stack((kept & 15, kept >> 4), -1).flatten(-2)[:, :groups].long()
+    first = 4 * torch.arange(groups, device=kept.device)
+    return (_places(kept.device)[nibbles] + first[:, None]).flatten(-2)
+
+
+def expand(values: Tensor, kept: Tensor, k: int) -> Tensor:
+    """The whole weight [N, K]."""
+    zeros = values.new_zeros(values.shape[0], 2 * count(k))
+    return zeros.scatter(1, places(kept, k), values)[:, :k]
+
+
+def pick(dense: Tensor, kept: Tensor) -> Tensor:
+    """[N, 2 ceil(K / 4)]: what a whole matrix [N, K] has where elements are kept."""
+    k = dense.shape[1]
+    return F.pad(dense, (0, -k % 4)).gather(1, places(kept, k))
+
+
+def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, kept) of a weight [N, K]; ValueError unless two of every four are zero."""
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected [N, K], found {list(weight.shape)}")
+    n, k = weight.shape
+    groups = F.pad(weight, (0, -k % 4)).unflatten(-1, (-1, 4)) if k else weight.new_empty(n, 0, 4)
+    full = groups != 0
+    if k and int(full.sum(-1).max()) > 2:
+        many = int((full.sum(-1) > 2).sum())
+        raise ValueError(
+            f"weight: expected two zeros in every four neighbours along a row, found {many} fours "
+            "with fewer: prune it with pattern=(2, 4) first"
+        )
+    two = full.byte().sort(stable=True, dim=-1, descending=True).indices[..., :2].sort(-1).values
+    bits = (1 << two).sum(-1)
+    bits = F.pad(bits, (0, bits.shape[1] % 2))
+    kept = (bits[:, ::2] | bits[:, 1::2] << 4).to(torch.uint8)
+    return groups.gather(-1, two).flatten(-2), kept.contiguous()
