@@ -1,8 +1,5 @@
-"""`fastllm bench`: what it times, its budget, what it stores and how it goes on, its tables."""
+"""`fastllm bench`: a run, its budget, what it stores and how it goes on."""
 
-import importlib.util
-import inspect
-import json
 import os
 import signal
 import subprocess
@@ -13,18 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastllm import functional
 from fastllm.cli import main
-from fastllm.cli.app import CliError
-from fastllm.cli.bench import ops, peers, readme, report, results, rows, session
+from fastllm.cli.bench import ops, results, session
 from fastllm.cli.bench.budget import FIRST_COMPILE, Budget
-from fastllm.cli.bench.ops import Inputs, as_tuple, bound, stock
-from fastllm.cli.bench.plan import plan, thread_counts
 from fastllm.core import subject
 from fastllm.core.limits import Limits
-from fastllm.core.measure import interleave
 from fastllm.core.op import OPS
-from fastllm.core.proof import Proof, relative_error
+from fastllm.core.proof import Proof
 from fastllm.core.subject import Scenario, Subject, Trial
 
 ROOT = Path(__file__).parent.parent
@@ -241,16 +233,6 @@ def test_interrupt_leaves_what_was_done_and_a_rerun_goes_on(waiting, monkeypatch
     assert count == [4]
 
 
-@pytest.mark.parametrize("change", [{"build": "another"}, {"complete": True}, {"schema": 1}])
-def test_only_the_same_unfinished_run_is_gone_on_with(change, tmp_path):
-    path = tmp_path / "run.json"
-    run = stored([row()]) | {"complete": False}
-    path.write_text(json.dumps(run))
-    assert results.resumable(path, "cpu") == run
-    path.write_text(json.dumps(run | change))
-    assert results.resumable(path, "cpu") is None
-
-
 def test_budget_that_is_spent_is_said_and_is_no_failure(waiting, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Budget, "enough", lambda self: len(self.ranks) > 1)
     path = tmp_path / "run.json"
@@ -290,192 +272,6 @@ def test_no_speedup_for_what_is_wrong(quick_limits, monkeypatch, tmp_path, capsy
         assert row["wrong"] == "rms_norm off by a mile"
         assert not row["speedup"]
         assert not row["microseconds"]
-
-
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-def test_compiled_candidate_agrees(direction, monkeypatch):
-    backend = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **k: backend(f, backend="aot_eager", **k))
-    inputs = Inputs(OPS["rms_norm"], TINY, "cpu", direction)
-    got = inputs.compiled()()(0)
-    want = inputs.candidate(stock(inputs.op))()(0)
-    torch.testing.assert_close(got, want)
-
-
-TIMED = [op for op in OPS.values() if ops.public(op) and any("bench" in c.tags for c in op.cases)]
-
-
-@pytest.mark.parametrize("op", TIMED, ids=lambda op: op.name)
-@pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
-def test_ours_and_stock_compute_the_same(op, direction, monkeypatch):
-    if direction != "forward" and not op.gradients:
-        pytest.skip("it has no gradients")
-    monkeypatch.setattr(ops, "rotation", lambda *a: 2)  # nothing is timed
-    timed = [c for c in op.cases if "bench" in c.tags]
-    case = min(timed, key=lambda c: ops.cost(op, c).forward_bytes + ops.cost(op, c).forward_flops)
-    inputs = Inputs(op, case, "cpu", direction)
-    got, want = inputs.ours()(), inputs.candidate(stock(op))()
-    found = interleave({"ours": lambda: got, "stock": lambda: want}, max_rounds=1, min_rounds=1)
-    assert not found.failed
-    for ours, theirs in zip(as_tuple(got(0)), as_tuple(want(0)), strict=True):
-        assert relative_error(ours, theirs) < 2e-2
-
-
-@pytest.mark.parametrize("op", TIMED, ids=lambda op: op.name)
-def test_bound_is_the_public_function(op):
-    quick = (c for c in op.cases if "quick" in c.tags and c.dtype == torch.float32)
-    args = next(args for c in quick if sayable(op, args := c.args()))
-    torch.testing.assert_close(bound(op, args)(), op(*args))
-
-
-def sayable(op, args):
-    """Whether the public function takes these tensors: a low-rank product is the op's own."""
-    if op.call is not None:
-        return True
-    public = inspect.signature(getattr(functional, op.name)).parameters
-    names = [part.split()[-1].split("=")[0] for part in op.schema.params.split(", ")]
-    given = zip(names, args, strict=True)
-    return all(name in public for name, value in given if isinstance(value, torch.Tensor))
-
-
-def test_quick_takes_one_case_a_dtype():
-    items = plan(quick=True)
-    for op in TIMED:
-        chosen = {x.scenario for x in items if x.subject.name == op.name}
-        dtypes = [s.dtype for s in chosen]
-        assert len(set(dtypes)) == len(dtypes)
-        assert set(dtypes) == {c.dtype for c in op.cases if "bench" in c.tags}
-
-
-def test_plan_has_every_row_once_and_the_quick_ones_first():
-    quick, full = plan(quick=True, threads=[2]), plan(threads=[2, 1])
-    assert [x.key for x in full[: len(quick)]] == [x.key for x in quick]
-    assert len({x.key for x in full}) == len(full)
-    for op in TIMED:
-        named = {x.scenario.name for x in full if x.subject.name == op.name}
-        assert named == {c.name for c in op.cases if "bench" in c.tags}
-    assert {x.threads for x in full} == {1, 2}
-
-
-def test_thread_counts():
-    everything = torch.get_num_threads()
-    assert thread_counts("cpu", None, False)[0] == everything
-    assert thread_counts("cpu", None, False)[-1] == 1
-    assert thread_counts("cpu", 3, False) == [3]
-    assert thread_counts("cuda", None, False) == [None]
-
-
-def test_peers_are_pinned_once_and_name_what_exists():
-    pins = (ROOT / "pyproject.toml").read_text()
-    for peer in peers.PEERS:
-        assert f'"{peer.package}=={peer.version}"' in pins
-        assert set(peer.functions) <= set(OPS)
-    for peer in peers.PEERS:
-        if importlib.util.find_spec(peer.module) and peer.package == "liger-kernel":
-            assert all(callable(load()) for load in peer.functions.values())
-
-
-def test_absent_peers_have_a_reason(monkeypatch):
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    assert "pip install liger-kernel==" in peers.absent("cuda")["liger-kernel"]
-    for device in ("cpu", "cuda"):
-        assert set(peers.absent(device)) == {peer.package for peer in peers.PEERS}
-        assert peers.versions(device) == {}
-    assert peers.installed("rms_norm", "cuda") == {}
-    assert peers.installed("rms_norm", "cpu") == {}
-
-
-def row(**changes):
-    made = rows.Row(
-        "rms_norm", "norm", "8x8-fp32", "float32", "forward", 1, "cpu", 1 << 21, 1 << 19, False
-    )
-    made.microseconds = {"fastllm": 10.0, "eager": 20.0, "compiled": 9.0, "copy": 8.0}
-    made.speedup = {"eager": [2.0, 1.9, 2.1], "compiled": [0.9, 0.89, 0.91], "copy": [0.8] * 3}
-    made.quartiles = {name: [0.97 * x, 1.03 * x] for name, x in made.microseconds.items()}
-    made.limit_share, made.bound = 0.8, "memory"
-    for name, value in changes.items():
-        setattr(made, name, value)
-    return made.json()
-
-
-def test_losses_are_marked():
-    lost = row()
-    assert lost["losses"] == ["compiled"]  # the copy is a limit, not a rival
-    assert row(speedup={"eager": [0.98, 0.9, 1.0], "copy": [0.5] * 3})["losses"] == []
-    assert report.tally([lost, row(wrong="no")]).startswith("1 of 2 rows lose")
-    page = report.markdown(stored([lost]))
-    assert "**loses to compiled**" in page
-    assert "0.90x" in page
-    assert "2.00x (1.90-2.10)" in page
-
-
-def stored(found):
-    run = results.header("cpu") | {"complete": True, "planned": len(found), "seconds": 1.0}
-    run |= {"limits": [], "rows": found, "overhead": [], "absent": {}}
-    return json.loads(json.dumps(run))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "word"),
-    [
-        (lambda run: run.pop("limits"), "limits"),
-        (lambda run: run.update(schema=99), "schema"),
-        (lambda run: run["rows"][0].pop("speedup"), "speedup"),
-        (lambda run: run["rows"][0].update(nbytes="many"), "nbytes"),
-        (lambda run: run["rows"].append(None), "rows[1]"),
-    ],
-)
-def test_stored_runs_are_checked(spoil, word, tmp_path):
-    run = stored([row()])
-    results.check(run, "here")
-    spoil(run)
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps(run))
-    with pytest.raises(CliError, match=word.replace("[", r"\[")):
-        results.read(path)
-    with pytest.raises(CliError):
-        results.write(path, run)
-
-
-def test_truncated_run_is_named(tmp_path):
-    path = tmp_path / "run.json"
-    path.write_text('{"schema": 2, ')
-    with pytest.raises(CliError, match=r"run\.json"):
-        results.read(path)
-
-
-def test_readme_table_is_generated(tmp_path, capsys):
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{readme.BEGIN}\nstale\n{readme.END}\nafter\n")
-    folder = tmp_path / "bench" / "results"
-    small = row(case="tiny", nbytes=64, speedup={"eager": [3.0] * 3, "copy": [1.0] * 3})
-    lost = row(case="slow", nbytes=32, direction="backward")
-    big = row(case="big", nbytes=1 << 30, speedup={"eager": [3.0] * 3, "copy": [1.0] * 3})
-    results.write(folder / "chip.json", stored([row(), small, lost, big]))
-    assert main(["bench", "--readme", str(page)]) == 0
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "stale" not in text
-    assert "| slow | backward | 1 | cpu | compiled (0.90x) |" in text
-    assert "tiny" not in text
-    assert "2 of 4 rows lose" in text
-    assert readme.updated(page) == text
-
-
-def test_readme_without_markers_is_refused(tmp_path, capsys):
-    page = tmp_path / "README.md"
-    page.write_text("nothing here\n")
-    assert main(["bench", "--readme", str(page)]) == 2
-    assert "bench: generated" in one_error(capsys)
-    assert page.read_text() == "nothing here\n"
-
-
-def test_readme_agrees_with_the_stored_runs():
-    page = ROOT / "README.md"
-    if not readme.run_files(page):
-        pytest.skip("no results are stored")
-    assert readme.updated(page) == page.read_text()
 
 
 def test_pytest_bench_runs_what_the_registry_has():

@@ -24,6 +24,20 @@ void gemm(int dtype, int out_dtype, int64_t batch, int64_t m, int64_t n, int64_t
                             block_rows, threads});
 }
 
+void gemm_groups(int dtype, int64_t m, int64_t n, int64_t k, ptr a, int64_t a_row, int64_t a_col,
+                 ptr b, int64_t b_row, int64_t b_col, int64_t b_batch, ptr bias, ptr out, ptr ends,
+                 int64_t count, int inner, int threads) {
+  gemm::Product each{};
+  each.dtype = each.out_dtype = dtype;
+  each.m = m, each.n = n, each.k = k;
+  each.a = {at(a), a_row, a_col, 0};
+  each.b = {at(b), b_row, b_col, b_batch};
+  each.bias = at(bias), each.out = at(out);
+  each.out_row = n, each.out_batch = m * n;
+  each.scale = 1, each.threads = threads;
+  gemm::kernels().multiply_groups({each, (const int32_t*)at(ends), count, inner});
+}
+
 void gemm_pack(int dtype, ptr b, int64_t b_row, int64_t b_col, int64_t n, int64_t k, ptr packed,
                int threads) {
   gemm::kernels().pack(dtype, {at(b), b_row, b_col, 0}, n, k, at(packed), threads);
@@ -46,6 +60,9 @@ void bind_gemm(py::module_& m) {
                    "dtype, out_dtype, batch, m, n, k, a, a_row, a_col, a_batch, b, b_row, b_col, "
                    "b_batch, b2, b2_row, b2_col, packed, packed2, bias, residual, out, pre, pre2, "
                    "activation, scale, accumulate, block_rows, threads");
+  def_kernel<gemm_groups>(m, "gemm_groups",
+                          "dtype, m, n, k, a, a_row, a_col, b, b_row, b_col, b_batch, bias, out, "
+                          "ends, count, inner, threads");
   def_kernel<gemm_pack>(m, "gemm_pack", "dtype, b, b_row, b_col, n, k, packed, threads");
   def_kernel<activation_backward>(m, "gemm_activation_backward",
                                   "dtype, activation, grad, pre, up, more_pre, more_up, grad_pre, "

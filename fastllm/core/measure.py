@@ -97,6 +97,7 @@ def interleave(
     min_rounds: int = 7,
     max_rounds: int = 400,
     stable: float = 0.01,
+    clear: float = math.inf,
     paired: bool = False,
     graphs: bool = True,
     tick: Callable[[float], None] | None = None,
@@ -104,9 +105,9 @@ def interleave(
     """Times every candidate in interleaved rounds.
 
     Each factory is called once and its call warmed up, outside the clock. Rounds go on until the
-    ratios to the first candidate are known to `stable` (relative standard error), or `budget`
-    seconds have gone by and `min_rounds` are done; where these would take ten times the budget,
-    three have to do. Input sets rotate with every call; when
+    ratios to the first candidate are known to `stable` (relative standard error) or are `clear`
+    such errors away from 1, or `budget` seconds have gone by and `min_rounds` are done; where these
+    would take ten times the budget, three have to do. Input sets rotate with every call; when
     `paired`, a round is one call of each candidate on the same set. A candidate that raises while
     it is made or warmed up is left out, with its reason in `failed`.
 
@@ -127,7 +128,7 @@ def interleave(
                 failed[name] = one_line(error)
         samples: dict[str, list[float]] = {name: [] for name in clocks}
         visited = _rounds(
-            clocks, samples, sets, budget, min_rounds, max_rounds, stable, paired, tick
+            clocks, samples, sets, budget, min_rounds, max_rounds, (stable, clear), paired, tick
         )
     return Measurement(samples, visited, failed)
 
@@ -139,7 +140,7 @@ def _rounds(
     budget: float,
     min_rounds: int,
     max_rounds: int,
-    stable: float,
+    enough: tuple[float, float],
     paired: bool,
     tick: Callable[[float], None] | None,
 ) -> list[int]:
@@ -153,7 +154,7 @@ def _rounds(
         done = len(visited)
         # `paired` rounds cover every set equally often, or the sum over sets would be lopsided
         whole = not paired or done % sets == 0
-        if whole and done >= min_rounds and (spent >= budget or _settled(samples, stable)):
+        if whole and done >= min_rounds and (spent >= budget or _settled(samples, *enough)):
             break
         if whole and done >= _FEWEST and spent >= _PATIENCE * budget > 0:
             break
@@ -169,13 +170,14 @@ def _rounds(
     return visited
 
 
-def _settled(samples: dict[str, list[float]], stable: float) -> bool:
-    """Whether every ratio to the first candidate is known to `stable`."""
+def _settled(samples: dict[str, list[float]], stable: float, clear: float) -> bool:
+    """Whether every ratio to the first candidate is known to `stable`, or `clear` errors from 1."""
     first, *others = samples.values()
     for other in others or [[1.0] * len(first)]:
         low, middle, high = quartiles([a / b for a, b in zip(first, other, strict=True)])
         # if normal: quartiles are 1.35 sigma apart, a median's error is 1.25 sigma / sqrt(n)
-        if 0.93 * (high - low) / middle / math.sqrt(len(first)) > stable:
+        error = 0.93 * (high - low) / middle / math.sqrt(len(first))
+        if error > stable and abs(math.log(middle)) < clear * error:
             return False
     return True
 
@@ -275,9 +277,12 @@ def thread_count(threads: int | None) -> Iterator[int]:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Python's cycle collector would bill one candidate for everybody's garbage."""
+    """Python's cycle collector would bill one candidate for everybody's garbage.
+
+    Young garbage goes before; going through the old objects takes 0.1 s, more than a measurement.
+    """
     enabled = gc.isenabled()
-    gc.collect()
+    gc.collect(1)
     gc.disable()
     try:
         yield

@@ -1,8 +1,10 @@
 """Quantized linear layers for the bench, against torch's own: in floats, and its quantized ones."""
 
+import importlib
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ CACHE = 256 << 20  # bytes that outgrow it
 
 
 def _sets(nbytes: int) -> int:
-    return min(16, 1 + CACHE // nbytes)
+    return min(32, 1 + CACHE // nbytes)
 
 
 def _ours(
@@ -80,6 +82,40 @@ def _int_mm(tokens: int, sets: int) -> Callable[[int], Any]:
     return lambda i: torch._int_mm(x, held[i % sets].t())
 
 
+def _torchao(
+    tokens: int, dtype: torch.dtype, mode: int, sets: int, device: str
+) -> Callable[[int], Any]:
+    """torchao's int8, eager; its int4 needs a GPU or a compiler."""
+    api = importlib.import_module("torchao.quantization")
+    kind = "Int8WeightOnlyConfig" if mode == FLOAT else "Int8DynamicActivationInt8WeightConfig"
+    made = []
+    for _ in range(sets):
+        linear = torch.nn.Linear(K, N, bias=False, device=device, dtype=dtype)
+        made.append(torch.nn.Sequential(linear))
+        api.quantize_(made[-1], getattr(api, kind)())
+    x = torch.randn(tokens, K, device=device).to(dtype)
+    return lambda i: made[i % sets](x)
+
+
+def _bitsandbytes(
+    tokens: int, dtype: torch.dtype, code: int, sets: int, device: str
+) -> Callable[[int], Any]:
+    """LLM.int8 without outliers, and nf4: it has no int4."""
+    nn = importlib.import_module("bitsandbytes").nn
+    made = []
+    for _ in range(sets):
+        weight = torch.randn(N, K, dtype=dtype) * K**-0.5
+        if code == INT8:
+            layer = nn.Linear8bitLt(K, N, bias=False, has_fp16_weights=False, threshold=0.0)
+            layer.weight = nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        else:
+            layer = nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type="nf4")
+            layer.weight = nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        made.append(layer.to(device).eval())
+    x = torch.randn(tokens, K, device=device).to(dtype)
+    return lambda i: made[i % sets](x)
+
+
 def _trial(
     tokens: int, dtype: torch.dtype, code: int, mode: int, device: str, direction: str
 ) -> Trial:
@@ -93,9 +129,16 @@ def _trial(
     elif device == "cpu" and code == INT8:
         stock["quantize_dynamic"] = partial(_dynamic, tokens, dtype, sets)
         stock["_int_mm"] = partial(_int_mm, tokens, sets)
+    few = sets if tokens <= 64 else 1
+    peers: dict[str, Factory] = {}
+    if code == INT8 and find_spec("torchao"):
+        peers["torchao"] = partial(_torchao, tokens, dtype, mode, few, device)
+    if (code == INT8) == (mode != FLOAT) and find_spec("bitsandbytes"):
+        peers["bitsandbytes"] = partial(_bitsandbytes, tokens, dtype, code, few, device)
     return Trial(
         ours=partial(_ours, tokens, dtype, code, mode, sets, device),
         stock=stock,
+        peers=peers,
         nbytes=nbytes + tokens * (N + K) * dtype.itemsize,
         flops=2 * tokens * N * K,
         sets=sets,

@@ -33,6 +33,16 @@ struct Product {
   int threads;
 };
 
+// Products side by side: group i owns rows [ends[i - 1], ends[i]) of a and of out, and batch i of b
+// and of bias; where these rows are `inner`, group i owns that part of k of both sides, and batch i
+// of out.
+struct Groups {
+  Product each;         // without the size that the groups cut
+  const int32_t* ends;  // not decreasing
+  int64_t count;
+  int inner;
+};
+
 // Up to this many rows, b is read where it lies, once, at the speed of memory.
 constexpr int64_t kThinRows = 4;
 
@@ -57,6 +67,7 @@ struct RowSum {
 
 struct Kernels {
   void (*multiply)(const Product&);
+  void (*multiply_groups)(const Groups&);
   int64_t (*packed_bytes)(int dtype, int64_t n, int64_t k);
   void (*pack)(int dtype, const Matrix& b, int64_t n, int64_t k, void* packed, int threads);
   void (*activation_backward)(const ActivationBackward&);

@@ -243,6 +243,64 @@ void multiply(const Product& p) {
   });
 }
 
+// ---- groups
+
+constexpr i64 kPieceCols = 512;  // of the result a task; what tasks there are depends on sizes only
+
+// The product of one group.
+INLINE Product group_product(const Groups& g, i64 group) {
+  const i64 size = g.each.dtype == kFloat32 ? 4 : 2, out_size = g.each.out_dtype == kFloat32 ? 4 : 2;
+  const i64 from = group ? g.ends[group - 1] : 0, rows = g.ends[group] - from;
+  Product p = g.each;
+  if (g.inner) {
+    p.k = rows;
+    p.a.data = (const char*)p.a.data + from * p.a.col * size;
+    p.b.data = (const char*)p.b.data + from * p.b.col * size;
+    p.out = (char*)p.out + group * p.out_batch * out_size;
+  } else {
+    p.m = rows;
+    p.a.data = (const char*)p.a.data + from * p.a.row * size;
+    p.b.data = (const char*)p.b.data + group * p.b.batch * size;
+    p.out = (char*)p.out + from * p.out_row * out_size;
+    if (p.bias) p.bias = (const char*)p.bias + group * p.n * size;
+  }
+  return p;
+}
+
+// Up to kBlockRows x kPieceCols of a product's result.
+INLINE Product piece_of(Product p, i64 row, i64 col) {
+  const i64 size = p.dtype == kFloat32 ? 4 : 2, out_size = p.out_dtype == kFloat32 ? 4 : 2;
+  p.m = least(kBlockRows, p.m - row);
+  p.n = least(kPieceCols, p.n - col);
+  p.a.data = (const char*)p.a.data + row * p.a.row * size;
+  p.b.data = (const char*)p.b.data + col * p.b.row * size;
+  p.out = (char*)p.out + (row * p.out_row + col) * out_size;
+  if (p.bias) p.bias = (const char*)p.bias + col * size;
+  return p;
+}
+
+INLINE i64 pieces_of(const Product& p) {
+  return ceil_div(p.m, kBlockRows) * ceil_div(p.n, kPieceCols);
+}
+
+void multiply_groups(const Groups& g) {
+  i64 pieces = 0;
+  for (i64 group = 0; group < g.count; ++group) pieces += pieces_of(group_product(g, group));
+  with_engine(g.each.dtype, [&](auto engine) {
+    using E = decltype(engine);
+    parallel_for(pieces, g.each.threads, [&](i64 piece) {
+      i64 group = 0;
+      Product p = group_product(g, group);
+      for (i64 mine = pieces_of(p); piece >= mine; mine = pieces_of(p)) {
+        piece -= mine;
+        p = group_product(g, ++group);
+      }
+      const i64 across = ceil_div(p.n, kPieceCols);
+      product<E>(piece_of(p, piece / across * kBlockRows, piece % across * kPieceCols), 0, 1);
+    });
+  });
+}
+
 int64_t packed_bytes(int dtype, int64_t n, int64_t k) {
   i64 words = 0;
   with_engine(dtype, [&](auto engine) {
@@ -263,4 +321,4 @@ void pack(int dtype, const Matrix& b, int64_t n, int64_t k, void* packed, int th
   });
 }
 
-constexpr Kernels table = {multiply, packed_bytes, pack, activation_backward, row_sum};
+constexpr Kernels table = {multiply, multiply_groups, packed_bytes, pack, activation_backward, row_sum};

@@ -14,6 +14,10 @@
 
 #include "cpu/kernels/qgemm_activations.inl"
 
+#if defined(FASTLLM_BYTE_DOTS)
+#include "cpu/kernels/qgemm_dealt.inl"
+#endif
+
 #include "cpu/kernels/qgemm_micro.inl"
 
 #include "cpu/kernels/qgemm_engines.inl"

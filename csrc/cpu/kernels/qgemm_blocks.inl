@@ -7,6 +7,15 @@ constexpr i64 kLongestInt32 = 131072;   // terms of 127 * 127 that int32 holds
 
 INLINE i64 common_divisor(i64 a, i64 b) { return b ? common_divisor(b, a % b) : a; }
 
+// Whether a weight's numbers, but for one scale a row, are bf16.
+INLINE bool bare(const Weight& w) { return !w.group && !two_a_byte(w.kind); }
+// How many bf16 they are the sum of otherwise: four bits times a bf16 are two.
+INLINE int weight_terms(const Weight& w, int most) {
+  if (bare(w)) return 1;
+  const bool two = w.kind == kInt4 && !w.zeros && w.scale_type == kScaleBFloat16;
+  return two && most > 2 ? 2 : most;
+}
+
 // How a product is cut.
 template <class E>
 struct Plan {
@@ -18,22 +27,33 @@ struct Plan {
   i64 chunk, tokens;  // packed at a time; a task
   i64 rows;           // of the weight, a task
   bool grouped;       // sums of int32 become fp32 after each stretch
+  bool dealt;         // words in the order of decode_dealt
+  int terms;          // bf16 that a number of the weight is the sum of
+  bool kept;          // sums, from one decoded block to the next
   Plan(const Product& p, int threads) {
-    words = ceil_div(p.w.k, kUnit) * kUnit / kPer;
+    dealt = false;
+#if defined(FASTLLM_BYTE_DOTS)
+    dealt = std::is_same_v<typename E::Word, bf16> && dealable(p.w);
+#endif
+    const i64 unit = dealt ? 2 * kUnit : kUnit;
+    words = ceil_div(p.w.k, unit) * unit / kPer;
     block = least(words, kBlockWords);
     grouped = E::kInteger && (p.w.group || two_a_byte(p.w.kind) || p.w.k > kLongestInt32);
     deep = grouped && p.w.group ? common_divisor(p.w.group / kPer, E::kDeep) : E::kDeep;
     cols = p.m <= W ? W : kMostVectors * W;
     const i64 panels = ceil_div(p.m, cols);
-    chunk = least(panels, most(8, kPackedBytes / most(1, words * cols * 4))) * cols;
-    tokens = block < words ? least(chunk, kSums / (E::kBlockRows * cols) * cols) : chunk;
+    const i64 panel = words * cols * E::kTerms;
+    chunk = least(panels, most(8, kPackedBytes / most(1, panel * 4))) * cols;
+    terms = E::kTerms > 1 ? weight_terms(p.w, E::kTerms) : 1;
+    kept = block < words || terms > 1;
+    tokens = kept ? least(chunk, kSums / (E::kBlockRows * cols) * cols) : chunk;
     rows = E::kBlockRows;
     const i64 step = most(E::kRows, W), across = ceil_div(least(chunk, p.m), tokens);
     while (rows > step && ceil_div(p.w.n, rows) * across < 3 * threads)
       rows = ceil_div(rows / 2, step) * step;
   }
   INLINE_MEMBER i64 stretches() const { return ceil_div(block, deep); }
-  INLINE_MEMBER i64 sums() const { return rows * (block < words ? tokens : cols); }
+  INLINE_MEMBER i64 sums() const { return rows * (kept ? tokens : cols); }
   // Floats that a thread needs: a block of the weight, three numbers a stretch and row, sums
   INLINE_MEMBER i64 room() const { return rows * (block + 3 * stretches()) + sums() + 64; }
 };
@@ -48,44 +68,80 @@ struct Blocks {
 
   INLINE_MEMBER i64 all_stretches() const { return ceil_div(plan.words, plan.deep); }
 
-  // Panel `panel` of the tokens from `first` on.
+  INLINE_MEMBER float* panel_at(i64 panel) const {
+    return packed + panel * plan.cols * plan.words * E::kTerms;
+  }
+
+  // Panel `panel` of the tokens from `first` on: [kTerms][words][cols].
   INLINE_MEMBER void pack(i64 first, i64 panel) const {
     const i64 from = first + panel * plan.cols;
-    float* out = packed + panel * plan.cols * plan.words;
+    float* out = panel_at(panel);
     if constexpr (E::kInteger) {
       pack_codes<T>(p, from, plan.cols, plan.words, sizeof(typename E::Word) == 1, E::kFlip, out,
                     scales + panel * plan.cols,
                     totals ? totals + panel * plan.cols * all_stretches() : nullptr, plan.deep);
     } else {
       const T* x = (const T*)p.x + from * p.x_row;
-      const i64 rows = least(plan.cols, p.m - from), words = ceil_div(p.w.k, Plan<E>::kPer);
-      if constexpr (sizeof(typename E::Word) == 4)
-        pack_panel<Single<T>>(x, p.x_row, 1, rows, p.w.k, words, plan.cols, out);
+      const i64 rows = least(plan.cols, p.m - from);
+      if constexpr (sizeof(typename E::Word) == 4) {
+        pack_panel<Single<T>>(x, p.x_row, 1, rows, p.w.k, p.w.k, plan.cols, out);
+        clear_behind(out, p.w.k);
+      }
 #if defined(FASTLLM_DOTS)
-      else
-        pack_panel<Pair>(x, p.x_row, 1, rows, p.w.k, words, plan.cols, out);
+      else if constexpr (E::kTerms == 1) {
+        pack_pairs(x, p.x_row, rows, out);
+      } else {
+        const Scratch scratch(rows * plan.words);
+        bf16* term = (bf16*)scratch.data();
+        for (int t = 0; t < E::kTerms; ++t) {
+          for (i64 j = 0; j < rows; ++j)
+            term_of(x + j * p.x_row, p.w.k, t, term + j * 2 * plan.words);
+          pack_pairs(term, 2 * plan.words, rows, out + t * plan.cols * plan.words);
+        }
+      }
 #endif
-      __builtin_memset(out + words * plan.cols, 0, 4 * (plan.words - words) * plan.cols);
     }
   }
+  INLINE_MEMBER void clear_behind(float* panel, i64 words) const {
+    __builtin_memset(panel + words * plan.cols, 0, 4 * (plan.words - words) * plan.cols);
+  }
+#if defined(FASTLLM_DOTS)
+  INLINE_MEMBER void pack_pairs(const bf16* x, i64 row, i64 rows, float* out) const {
+    if (plan.dealt) return pack_dealt(x, row, rows, p.w.k, plan.words, plan.cols, out);
+    const i64 words = ceil_div(p.w.k, 2);
+    pack_panel<Pair>(x, row, 1, rows, p.w.k, words, plan.cols, out);
+    clear_behind(out, words);
+  }
+#endif
 
   // ---- the weight
 
   // Rows [from, from + count) of the weight, words [at, at + words), as tiles; zeros behind them.
-  INLINE_MEMBER void decode(i64 from, i64 count, i64 at, i64 words, float* weight) const {
+  // term: which one of plan.terms.
+  INLINE_MEMBER void decode(i64 from, i64 count, i64 at, i64 words, int term,
+                            float* weight) const {
     using Word = typename E::Word;
     constexpr i64 kPer = Plan<E>::kPer;
+#if defined(FASTLLM_BYTE_DOTS)
+    const Lanes lanes(p.w);
+#endif
     for (i64 r = 0; r < plan.rows; ++r) {
       float* out = weight + r / E::kRows * E::kRows * words + E::row(r % E::kRows, words);
       if (r >= count || p.w.k < (at + words) * kPer)
         for (i64 i = 0; i < words; i += 16) __builtin_memset(out + i / 16 * E::kStep, 0, 64);
       if (r >= count) continue;
+#if defined(FASTLLM_BYTE_DOTS)
+      if (plan.dealt) {
+        decode_dealt(p.w, lanes, from + r, at * kPer, words, term, out, E::kStep);
+        continue;
+      }
+#endif
       with_kind(p.w.kind, [&](auto kind) INLINE_LAMBDA {
         using C = decltype(kind);
         if constexpr (E::kInteger)
           decode_integers<Word, C>(p.w, from + r, at * kPer, words, out, E::kStep);
         else
-          decode_floats<Word, C>(p.w, from + r, at * kPer, words, out, E::kStep);
+          decode_floats<Word, C>(p.w, from + r, at * kPer, words, term, out, E::kStep);
       });
     }
   }
@@ -157,27 +213,38 @@ struct Blocks {
     float *weight = room, *numbers = weight + plan.rows * plan.block, *sums = numbers + 3 * size;
     for (i64 at = 0; at < plan.words; at += plan.block) {
       const i64 words = least(plan.block, plan.words - at);
-      const bool last = at + words == plan.words;
-      decode(from, count, at, words, weight);
-      if (E::kInteger) weigh(from, count, at, words, weight, numbers);
-      for (i64 token = begin; token < end; token += plan.cols) {
-        const i64 panel = token / plan.cols;
-        const float* x = packed + panel * plan.cols * plan.words + at * plan.cols;
-        float* c = sums + (plan.block < plan.words ? (token - begin) * plan.rows : 0);
-        for (i64 s = 0; s * plan.deep < words; ++s) {
-          const i64 word = s * plan.deep, deep = least(plan.deep, words - word);
-          const float* total =
-              totals ? totals + (panel * all_stretches() + at / plan.deep + s) * plan.cols : nullptr;
-          for (i64 r = 0; r < plan.rows; r += E::kRows) {
-            if (r >= count) break;
-            const float* scale = numbers + size + s * plan.rows + r;
-            E::multiply(deep, weight + r * words, words, word, x, plan.cols,
-                        {(const int32_t*)numbers + s * plan.rows + r,
-                         plan.grouped ? scale : nullptr, p.w.zeros ? scale + size : nullptr, total},
-                        c + r * plan.cols, at + word > 0);
-          }
+      for (int term = 0; term < plan.terms; ++term) {
+        const bool last = at + words == plan.words && term + 1 == plan.terms;
+        decode(from, count, at, words, term, weight);
+        if (E::kInteger) weigh(from, count, at, words, weight, numbers);
+        for (i64 token = begin; token < end; token += plan.cols) {
+          const i64 panel = token / plan.cols;
+          float* c = sums + (plan.kept ? (token - begin) * plan.rows : 0);
+          for (int t = E::kTerms - 1 - term; t >= 0; --t)  // the smallest first
+            meet(weight, numbers, count, panel, t, at, words,
+                 at > 0 || term > 0 || t < E::kTerms - 1, c);
+          if (last) finish(c, from, count, first + token, scales + panel * plan.cols);
         }
-        if (last) finish(c, from, count, first + token, scales + panel * plan.cols);
+      }
+    }
+  }
+
+  // c (+)= a decoded block times term t of a panel.
+  INLINE_MEMBER void meet(const float* weight, const float* numbers, i64 count, i64 panel, int t,
+                          i64 at, i64 words, bool add, float* c) const {
+    const float* x = panel_at(panel) + (t * plan.words + at) * plan.cols;
+    const i64 size = plan.stretches() * plan.rows;
+    for (i64 s = 0; s * plan.deep < words; ++s) {
+      const i64 word = s * plan.deep, deep = least(plan.deep, words - word);
+      const float* total =
+          totals ? totals + (panel * all_stretches() + at / plan.deep + s) * plan.cols : nullptr;
+      for (i64 r = 0; r < plan.rows; r += E::kRows) {
+        if (r >= count) break;
+        const float* scale = numbers + size + s * plan.rows + r;
+        E::multiply(deep, weight + r * words, words, word, x, plan.cols,
+                    {(const int32_t*)numbers + s * plan.rows + r, plan.grouped ? scale : nullptr,
+                     p.w.zeros ? scale + size : nullptr, total},
+                    c + r * plan.cols, add || word > 0);
       }
     }
   }
@@ -208,8 +275,8 @@ APART void run_blocks(const Product& p, int threads) {
   const Plan<E> plan(p, threads);
   const i64 chunk = ceil_div(least(plan.chunk, p.m), plan.cols) * plan.cols;
   const i64 stretches = E::kInteger && p.w.zeros ? ceil_div(plan.words, plan.deep) : 0;
-  const Scratch scratch(chunk * (plan.words + 1 + stretches) + 64);
-  float *packed = scratch.data(), *scales = packed + chunk * plan.words, *totals = scales + chunk;
+  const Scratch scratch(chunk * (plan.words * E::kTerms + 1 + stretches) + 64);
+  float *packed = scratch.data(), *scales = packed + chunk * plan.words * E::kTerms, *totals = scales + chunk;
   Blocks<E, T>{p, plan, packed, scales, stretches ? totals : nullptr}.run(threads);
 }
 
@@ -222,6 +289,10 @@ void blocks(const Product& p, int threads) {
 #endif
     return run_blocks<Integers, T>(p, threads);
   }
+#if defined(FASTLLM_TILES)
+  if constexpr (std::is_same_v<T, f16>) return run_blocks<TermTiles<2>, T>(p, threads);
+  if constexpr (std::is_same_v<T, float>) return run_blocks<TermTiles<3>, T>(p, threads);
+#endif
   if constexpr (std::is_same_v<T, bf16>)
     run_blocks<Floats16, T>(p, threads);
   else

@@ -159,6 +159,30 @@ INLINE void each_half(const Weight& w, i64 row, i64 k0, i64 count, const F& step
   }
 }
 
+#if defined(FASTLLM_DOTS)
+// What is left of v when the `terms` largest bf16 that it is the sum of are taken away.
+INLINE Vec rest_of(Vec v, int terms) {
+  for (int t = 0; t < terms; ++t) v = v - rounded((const bf16*)nullptr, v);
+  return v;
+}
+
+// Term t of the bf16 that n numbers are the sums of; they are cut off, so that none overflows.
+template <class T>
+APART void term_of(const T* x, i64 n, int t, bf16* out) {
+  sweep(n, [&](auto lanes, i64 i, int) INLINE_LAMBDA {
+    Vec v = get(x + i, lanes);
+    for (int k = 0;; ++k) {
+      const IntVec size = bits_of(v) & 0x7fffffff;
+      const IntVec quiet = (size > 0x7f800000) & 0x400000;  // NaN must not lose its last bits
+      const Vec top = from_bits((bits_of(v) & int32_t(0xffff0000)) | quiet);
+      if (k == t) return put<false>(out + i, top, lanes);
+      const IntVec finite = size < 0x7f800000;
+      v = from_bits(bits_of(v - top) & finite);
+    }
+  });
+}
+#endif
+
 // ---- rows as words: fp32, pairs of bf16 or int16, four int8
 
 INLINE void put_half(float* out, const HalfOf& v) {
@@ -166,14 +190,6 @@ INLINE void put_half(float* out, const HalfOf& v) {
   for (int i = 0; i < kHalf / W; ++i) store(out + i * W, v[i]);
 }
 #if defined(FASTLLM_DOTS)
-// Nibbles as pairs of bf16: the table is rounded, and each half of a word looked up in its place.
-INLINE void put_nibbles(float* out, const uint8_t* p, const Table& t) {
-  const IntVec high = (IntVec)round_bf16(t.all.v) & int32_t(0xffff0000);
-  const IntVec low = (IntVec)_mm512_srli_epi32((__m512i)high, 16);
-  const IntVec bytes = lone_bytes(p);
-  const IntVec even = bits_of(lookup({from_bits(low)}, bytes));
-  store_words(out, even | bits_of(lookup({from_bits(high)}, bytes >> 4)));
-}
 INLINE void put_half(bf16* out, const HalfOf& v) {
   const __m512bh pairs = _mm512_cvtne2ps_pbh(v[1].v, v[0].v);
   _mm512_storeu_si512(out, (__m512i)pairs);
@@ -181,23 +197,23 @@ INLINE void put_half(bf16* out, const HalfOf& v) {
 #endif
 
 // `words` words of a row from k0 on, in blocks of 16 words that lie `step` words apart; zeros behind
-// the row's end. Scales are in the numbers only where neighbours share them.
+// the row's end. Scales are in the numbers only where neighbours share them. term: of bf16.
 template <class T, class C>
-APART void decode_floats(const Weight& w, i64 row, i64 k0, i64 words, float* out, i64 step) {
+APART void decode_floats(const Weight& w, i64 row, i64 k0, i64 words, [[maybe_unused]] int term,
+                         float* out, i64 step) {
   constexpr i64 kPer = 4 / sizeof(T);  // numbers a word
   const bool grouped = w.group != 0;
   each_half<C>(w, row, k0, words * kPer, [&](const uint8_t* p, i64 i, const auto& s) INLINE_LAMBDA {
     const i64 at = i / kPer;
-#if defined(FASTLLM_DOTS)
-    if constexpr (kPer == 2 && std::is_same_v<C, Nibbles>)
-      return put_nibbles(out + at / 16 * step, p, s);
-#endif
     HalfOf v;
     if (grouped || std::is_same_v<C, Nibbles>)
       C::template values<true>(s, p, v);
     else
       C::template values<false>(s, p, v);
-    if (kPer == 2) {
+    if constexpr (kPer == 2) {
+#if defined(FASTLLM_DOTS)
+      for (int j = 0; term && j < kHalf / W; ++j) v[j] = rest_of(v[j], term);
+#endif
       put_half((T*)(out + at / 16 * step), v);
     } else {
 #pragma GCC unroll 8

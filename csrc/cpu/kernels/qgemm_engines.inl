@@ -1,6 +1,7 @@
 // Engines of the blocks: words of both sides, and what multiplies a tile of them.
 //
 // A tile is kRows rows of the weight; a row's words lie in blocks of 16 that are kStep words apart.
+// kTerms: how many bf16 an activation is the sum of.
 
 // Groups: what the integer sums of each stretch of k are worth, by row of the tile.
 struct Worth {
@@ -11,7 +12,7 @@ struct Worth {
 
 template <class Step>
 struct VectorTiles {
-  static constexpr int kRows = kTileRows;
+  static constexpr int kRows = kTileRows, kTerms = 1;
   static constexpr i64 kStep = 16, kDeep = 128;  // words multiplied at a time: they stay in L1
   static constexpr i64 kBlockRows = 128;         // decoded at a time: they stay in L2
   INLINE_MEMBER static i64 row(i64 r, i64 words) { return r * words; }
@@ -58,7 +59,7 @@ struct Integers : VectorTiles<ShortDots> {
 
 #if defined(FASTLLM_TILES)
 struct AmxTiles {
-  static constexpr int kRows = 32;
+  static constexpr int kRows = 32, kTerms = 1;
   static constexpr i64 kStep = 512, kDeep = 256, kBlockRows = 256;
   INLINE_MEMBER static i64 row(i64 r, i64) { return r * 16; }
   using Session = TileSession;
@@ -88,6 +89,11 @@ struct HalfTiles : AmxTiles {
   }
 };
 using Floats16 = HalfTiles;
+// float32 is three bf16 exactly, float16 two.
+template <int N>
+struct TermTiles : HalfTiles {
+  static constexpr int kTerms = N;
+};
 #elif defined(FASTLLM_DOTS)
 struct Floats16 : VectorTiles<PairDots> {
   using Word = bf16;

@@ -86,7 +86,29 @@ APART void thin_integers(const Weight& w, i64 row, const ThinCodes& x, float* ou
 }
 
 #if defined(FASTLLM_BYTE_DOTS)
-#include "cpu/kernels/qgemm_thin_dots.inl"
+// Rows of bytes with one scale: w + 128 is the unsigned side, the tokens' sums make up for it.
+template <int M>
+INLINE void thin_bytes(const Weight& w, i64 row, const ThinCodes& x, float* out) {
+  IntVec sum[M][2] = {};
+  const uint8_t* p = w.codes + row * w.row;
+  const IntVec flip = IntVec{} + int32_t(0x80808080);
+  for (i64 i = 0; i < w.k; i += 128) {
+    const IntVec a = load_codes(p + i, w.k - i) ^ flip, b = load_codes(p + i + 64, w.k - i - 64) ^ flip;
+    __builtin_prefetch((const void*)(uintptr_t(p + i) + 2048));
+    __builtin_prefetch((const void*)(uintptr_t(p + i) + 2112));
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const int8_t* codes = x.codes + m * x.width + i;
+      sum[m][0] = dot_bytes(a, load_words(codes), sum[m][0]);
+      sum[m][1] = dot_bytes(b, load_words(codes + 64), sum[m][1]);
+    }
+  }
+  const float scale = scale_at(w.scales, w.scale_type, scale_index(w, row, 0));
+  for (int m = 0; m < M; ++m) {
+    const uint32_t all = uint32_t(sum_words(sum[m][0] + sum[m][1]));
+    out[m] = float(int32_t(all - 128u * uint32_t(x.sums[m]))) * scale * x.scales[m];
+  }
+}
 #endif
 
 // What a thin product has made of its tokens.
@@ -101,11 +123,6 @@ struct Thin {
 template <int M, class C>
 INLINE void thin_row(const Product& p, const Thin& x, i64 row, float* out) {
 #if defined(FASTLLM_BYTE_DOTS)
-  if constexpr (std::is_same_v<C, Nibbles>) {
-    if (x.dealt.values && p.activations == kFloat)
-      return thin_nibbles<M, NibblesByPairs>(p.w, row, x.dealt, out);
-    if (x.dealt.values) return thin_nibbles<M, NibblesByCodes>(p.w, row, x.dealt, out);
-  }
   if constexpr (std::is_same_v<C, Int8Codes>)
     if (p.activations != kFloat && !p.w.group && p.w.k <= kLongestInt32)
       return thin_bytes<M>(p.w, row, x.codes, out);
@@ -115,15 +132,49 @@ INLINE void thin_row(const Product& p, const Thin& x, i64 row, float* out) {
     thin_integers<M, C>(p.w, row, x.codes, out);
 }
 
+// out [M][kThinRows]: row(r, sums) makes the M sums of row r.
+template <int M, class F>
+INLINE void each_row(i64 count, float* out, const F& row) {
+  for (i64 r = 0; r < count; ++r) {
+    float sums[M] = {};
+    row(r, sums);
+    for (int m = 0; m < M; ++m) out[m * kThinRows + r] = sums[m];
+  }
+}
+
+#if defined(FASTLLM_BYTE_DOTS)
+template <int M, class Dot>
+APART void dealt_rows(const Product& p, const Dealt& x, i64 from, i64 count, float* out) {
+  const Dot dot(p.w.kind);
+  each_row<M>(count, out, [&](i64 r, float* sums) INLINE_LAMBDA {
+    thin_nibbles<M>(p.w, dot, from + r, x, sums);
+  });
+}
+template <int M, int D>
+APART void dealt_bytes(const Product& p, const Dealt& x, i64 from, i64 count, float* out) {
+  each_row<M>(count, out, [&](i64 r, float* sums) INLINE_LAMBDA {
+    thin_bytes_by_digits<M, D>(p.w, from + r, x, sums);
+  });
+}
+#endif
+
 // Rows [from, from + count) of the weight: out [M][kThinRows].
-template <int M>
+template <int M, class T>
 APART void thin_rows(const Product& p, const Thin& x, i64 from, i64 count, float* out) {
+#if defined(FASTLLM_BYTE_DOTS)
+  constexpr int D = digits_of<T>();
+  if (x.dealt.values) {
+    if (p.w.kind == kInt8) return dealt_bytes<M, D>(p, x.dealt, from, count, out);
+    if (!x.dealt.sums) return dealt_rows<M, NibblesByFloats>(p, x.dealt, from, count, out);
+    if (p.activations == kFloat)
+      return dealt_rows<M, NibblesByDigits<D>>(p, x.dealt, from, count, out);
+    return dealt_rows<M, NibblesByDigits<1>>(p, x.dealt, from, count, out);
+  }
+#endif
   with_kind(p.w.kind, [&](auto kind) {
-    for (i64 r = 0; r < count; ++r) {
-      float row[M] = {};
-      thin_row<M, decltype(kind)>(p, x, from + r, row);
-      for (int m = 0; m < M; ++m) out[m * kThinRows + r] = row[m];
-    }
+    each_row<M>(count, out, [&](i64 r, float* sums) INLINE_LAMBDA {
+      thin_row<M, decltype(kind)>(p, x, from + r, sums);
+    });
   });
 }
 
@@ -147,14 +198,69 @@ APART void widen_token(const T* x, i64 k, i64 width, float* out) {
   for (i = ceil_div(k, W) * W; i < width; i += W) store(out + i, zero());
 }
 
+#if defined(FASTLLM_BYTE_DOTS)
+// One token of blocks, as D digits of its floats or (D = 1) as the codes that it has.
+template <int D>
+APART void deal_token(const float* x, const int8_t* codes, i64 blocks, bool nibbles, int8_t* out,
+                      int32_t* sums, float* units) {
+  for (i64 b = 0; b < blocks; ++b, out += D * kDealt) {
+    if constexpr (D == 1)
+      deal_bytes(codes + b * kDealt, nibbles, out);
+    else
+      units[b] = deal_digits<D>(x + b * kDealt, nibbles, out);
+    sum_digits<D>(out, nibbles ? 8 : 128, sums + b * (D == 4 ? 2 : 1) * W);
+  }
+}
+
+// Room for dealt tokens, in floats: digits or floats, sums, units and groups of a block.
+constexpr i64 kDealtRoom = kDealt + 2 * W + 1 + W;
+
+// The tokens of a product, dealt out into `room`.
+template <class T>
+APART Dealt deal_tokens(const Product& p, const Thin& x, const Lanes& lanes, float* room) {
+  const i64 width = x.codes.width, blocks = width / kDealt, all = p.m * blocks;
+  const bool codes = p.activations != kFloat, nibbles = two_a_byte(p.w.kind);
+  constexpr int D = digits_of<T>(), kHalves = D == 4 ? 2 : 1;
+  int32_t* sums = (int32_t*)(room + all * kDealt);
+  float *held = room + all * (kDealt + 2 * W), *units = held + all * W;
+  bool digits = codes || p.w.kind == kInt4 || p.w.kind == kInt8;
+  for (i64 m = 0; m < p.m && !codes; ++m) {
+    const float top = largest(x.values + m * width, width);
+    digits = digits && top < 0x1p100f;  // NaN and infinity are none
+  }
+  if (!digits && (p.w.zeros || !nibbles)) return {};
+  for (i64 m = 0; m < p.m; ++m) {
+    const float* token = x.values + m * width;
+    const i64 at = m * blocks;
+    if (codes)
+      deal_token<1>(nullptr, x.codes.codes + m * width, blocks, nibbles,
+                    (int8_t*)room + at * kDealt, sums + at * W, nullptr);
+    else if (digits)
+      deal_token<D>(token, nullptr, blocks, nibbles, (int8_t*)room + at * D * kDealt,
+                    sums + at * kHalves * W, units + at);
+    else
+      deal_floats(token, blocks, room + at * kDealt);
+    float* groups = held + m * ceil_div(blocks, 4) * W;
+    if (p.w.zeros && codes) hold_groups(x.codes.codes + m * width, blocks, lanes, groups);
+    if (p.w.zeros && !codes) hold_groups(token, blocks, lanes, groups);
+  }
+  return {&lanes, room, digits ? sums : nullptr, units, held, x.codes.scales, blocks};
+}
+#endif
+
 template <class T>
 APART void thin(const Product& p, int threads) {
   const i64 width = ceil_div(p.w.k, 128) * 128;
   const i64 group = p.w.group ? p.w.group : least(p.w.k, kLongestInt32);
-  const i64 groups = ceil_div(p.w.k, group), blocks = width / 128;
+  const i64 groups = ceil_div(p.w.k, group);
   const bool integers = p.activations != kFloat;
-  // values or codes, sums of groups, scales; and as much again for what is dealt out
-  const Scratch scratch(p.m * (width + groups + 1) + p.m * (width + blocks * 16) + 64);
+  // values or codes, sums of groups, scales; and what is dealt out
+#if defined(FASTLLM_BYTE_DOTS)
+  const i64 dealt = p.m * (width / kDealt) * kDealtRoom;
+#else
+  const i64 dealt = 0;
+#endif
+  const Scratch scratch(p.m * (width + groups + 1) + dealt + 64);
   float *x = scratch.data(), *scales = x + ceil_div(p.m * width, 16) * 16;
   int32_t* sums = (int32_t*)(scales + p.m);
   int8_t* codes = (int8_t*)x;
@@ -177,28 +283,17 @@ APART void thin(const Product& p, int threads) {
   tokens.values = x;
   tokens.codes = {codes, width, sums, group, scales};
 #if defined(FASTLLM_BYTE_DOTS)
-  float* dealt = scales + ceil_div(p.m * (groups + 1), 16) * 16;
-  tokens.dealt = {nullptr, dealt + p.m * width, scales, blocks};
-  if (dealable(p.w) && (integers || std::is_same_v<T, bf16>)) {
-    tokens.dealt.values = dealt;
-    for (i64 m = 0; m < p.m; ++m) {
-      float* held = dealt + p.m * width + m * width / 8;
-      if (integers)
-        deal_codes(codes + m * width, blocks, (int8_t*)dealt + m * width, held);
-      else if constexpr (std::is_same_v<T, bf16>)
-        if (!deal_pairs((const bf16*)p.x + m * p.x_row, p.w.k, blocks, (bf16*)dealt + m * width,
-                        held))
-          tokens.dealt.values = nullptr;
-    }
-  }
+  const Lanes lanes(p.w);
+  if (dealable(p.w) || (p.w.kind == kInt8 && !p.w.group && !integers))
+    tokens.dealt = deal_tokens<T>(p, tokens, lanes, scales + ceil_div(p.m * (groups + 1), 16) * 16);
 #endif
   parallel_for(ceil_div(p.w.n, kThinRows), threads, [&](i64 task) {
     const i64 from = task * kThinRows, count = least(kThinRows, p.w.n - from);
     alignas(64) float out[kThinTokens * kThinRows] = {};
-    if (p.m == 1) thin_rows<1>(p, tokens, from, count, out);
-    if (p.m == 2) thin_rows<2>(p, tokens, from, count, out);
-    if (p.m == 3) thin_rows<3>(p, tokens, from, count, out);
-    if (p.m == 4) thin_rows<4>(p, tokens, from, count, out);
+    if (p.m == 1) thin_rows<1, T>(p, tokens, from, count, out);
+    if (p.m == 2) thin_rows<2, T>(p, tokens, from, count, out);
+    if (p.m == 3) thin_rows<3, T>(p, tokens, from, count, out);
+    if (p.m == 4) thin_rows<4, T>(p, tokens, from, count, out);
     finish_thin<T>(p, out, from, count);
   });
 }

@@ -14,13 +14,23 @@ INLINE IntVec load_codes(const void* p, int64_t n) {
 // The low nibble of each byte.
 INLINE IntVec low_nibbles(IntVec a) { return a & 0x0f0f0f0f; }
 
-// Up to four bf16 or fp32, each in the lanes that `spread` names.
-INLINE Vec load_four(const void* p, bool wide, int64_t n, IntVec spread) {
-  const __mmask8 mask = n >= 4 ? 15 : n <= 0 ? 0 : __mmask8((1 << n) - 1);
-  __m128 four;
-  if (wide)
-    four = _mm_maskz_loadu_ps(mask, p);
-  else
-    four = _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_maskz_loadu_epi16(mask, p)), 16));
-  return {_mm512_permutexvar_ps((__m512i)spread, _mm512_castps128_ps512(four))};
+// Scales [at, at + n) of those at p, bf16 or (wide) fp32; W of them at most, zeros behind them.
+INLINE Vec load_scales(const void* p, bool wide, int64_t at, int64_t n) {
+  const int count = n >= W ? W : n <= 0 ? 0 : int(n);
+  return wide ? load((const float*)p + at, count) : load((const bf16*)p + at, count);
+}
+// Lane i: the lane of a that index names.
+INLINE Vec picked(Vec a, IntVec index) {
+  return {_mm512_permutexvar_ps((__m512i)index, a.v)};
+}
+
+// 2 W numbers as bf16: those of low, then those of high.
+INLINE void store_pairs(void* p, Vec low, Vec high) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
+}
+// Of every 16 halves of words, half j next to half j + 8.
+INLINE Vec zip_eights(Vec a) {
+  const __m512i order = _mm512_set_epi16(31, 23, 30, 22, 29, 21, 28, 20, 27, 19, 26, 18, 25, 17, 24,
+                                         16, 15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, _mm512_castps_si512(a.v)))};
 }

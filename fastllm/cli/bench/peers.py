@@ -107,20 +107,8 @@ PEERS = (
         },
     ),
     Peer("deepspeed", "0.19.8", "deepspeed", "cpu"),
-    Peer(
-        "torchao",
-        "0.18.0",
-        "torchao",
-        None,
-        nothing="quantized linears: compared with torch's own only",
-    ),
-    Peer(
-        "bitsandbytes",
-        "0.50.2",
-        "bitsandbytes",
-        None,
-        nothing="quantized linears: compared with torch's own only",
-    ),
+    Peer("torchao", "0.18.0", "torchao", None),
+    Peer("bitsandbytes", "0.50.2", "bitsandbytes", None),
     Peer("quack-kernels", "0.6.5", "quack", "cuda", {"rms_norm": _quack_rms_norm}),
     Peer("flash-attn", "2.8.3.post2", "flash_attn", "cuda", nothing="attention: none here"),
     Peer(

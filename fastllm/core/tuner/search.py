@@ -12,6 +12,7 @@ from fastllm.core.measure import Factory, Measurement, interleave
 from fastllm.core.tuner import table
 
 TIE = 1.02  # a candidate this close to the best one is as good: then the default stays
+_CLEAR = 10  # a lead of so many standard errors needs no more rounds
 _FINALISTS = 4  # of many candidates, these are measured well
 
 
@@ -167,6 +168,7 @@ def _rounds(trial: Trial, job: Job, default: str, budget: float) -> Measurement:
             budget=budget,
             threads=job.threads,
             min_rounds=rounds,
+            clear=_CLEAR,
         )
 
     if len(some) <= _FINALISTS + 1:

@@ -69,8 +69,8 @@ def _gemm(
     accumulate: bool,
     block: int | None = None,
 ) -> Tensor:
-    a, b = _readable(a), _readable(b)
-    b2 = None if b2 is None else _readable(b2)
+    a, b = readable(a), readable(b)
+    b2 = None if b2 is None else readable(b2)
     m, k = a.shape[-2:]
     n = b.shape[-2]
     batch = a.shape[0] if a.dim() == 3 else 1
@@ -86,8 +86,8 @@ def _gemm(
     block = _block_rows(a, m, k, n) if block is None else block
     _C.gemm(
         CODES[a.dtype], CODES[out.dtype], batch, m, n, k,
-        a.data_ptr(), *_strides(a), b.data_ptr(), *_strides(b),
-        _pointer(b2), *((0, 0) if b2 is None else _strides(b2)[:2]),
+        a.data_ptr(), *strides(a), b.data_ptr(), *strides(b),
+        _pointer(b2), *((0, 0) if b2 is None else strides(b2)[:2]),
         kept, kept2, _pointer(bias), _pointer(residual),
         out.data_ptr(), _pointer(pre), _pointer(pre2),
         ACTIVATION_CODES[activation], 1.0, accumulate, block, torch.get_num_threads(),
@@ -102,7 +102,7 @@ def _block_rows(a: Tensor, m: int, k: int, n: int) -> int:
     return BLOCK(a.device, m, k, n, a.stride(-1) == 1, a.dtype)["rows"]
 
 
-def _readable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """x itself where one of its two strides is 1, as the kernels read it."""
     rows, cols = x.stride()[-2:]
     if (cols == 1 or x.shape[-1] <= 1) or (rows == 1 or x.shape[-2] <= 1):
@@ -110,7 +110,7 @@ def _readable(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
+def strides(x: Tensor) -> tuple[int, int, int]:
     """Row, column and batch stride; a size of 1 takes the stride that helps."""
     rows, cols = x.stride()[-2:]
     if x.shape[-1] <= 1 and cols != 1 and rows != 1:

@@ -11,7 +11,7 @@ from fastllm.core.backend import Backend
 from fastllm.ops.matmul.triton import available
 from fastllm.ops.matmul.triton import supports as supports_input
 from fastllm.ops.quant.layout import KINDS, TABLES
-from fastllm.ops.quant_linear import reference
+from fastllm.ops.quant_linear import reference, triton_cuts
 from fastllm.ops.quant_linear.spec import FLOAT
 
 
@@ -62,6 +62,7 @@ def quant_linear(
         table=_table(code, input.device),
         token_scales=token_scales,
         dtype=input.dtype,
+        config=triton_cuts.pick(x, n, code, group, input.dtype),
     )
     return y.view(shape)
 
