@@ -143,15 +143,19 @@ def test_rows_that_see_nothing(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lead", [(1, 1), (2, 1), (1, 4), (2, 4)], ids=str)
-def test_boolean_masks_with_whole_blocks(lead, dtype):
+@pytest.mark.parametrize(
+    "lead, t, s",
+    [((1, 1), 150, 300), ((2, 1), 150, 300), ((1, 4), 150, 300), ((2, 4), 40, 1100)],
+    ids=str,
+)
+def test_boolean_masks_with_whole_blocks(lead, t, s, dtype):
     """Blocks that are hidden, whole or cut, of a mask that batch and heads share or not."""
-    args = tensors((2, 4, 150, 64), (2, 2, 300, 64), (2, 2, 300, 64), grad=True, dtype=dtype)
+    args = tensors((2, 4, t, 64), (2, 2, s, 64), (2, 2, s, 64), grad=True, dtype=dtype)
     wide = [x.detach().double().requires_grad_() for x in args]
-    mask = visible(150, 300, 150, 140).repeat(*lead, 1, 1)
-    mask[-1, -1, 10:90, 128:] = False
-    mask[-1, -1, 64:96] = False
-    up, found = torch.randn(2, 4, 150, 64, dtype=dtype), []
+    mask = visible(t, s, s - t, s - 10).repeat(*lead, 1, 1)
+    mask[-1, -1, t // 15 : t * 2 // 3, s // 8 : s // 2 + 150] = False
+    mask[-1, -1, 32:64] = False
+    up, found = torch.randn(2, 4, t, 64, dtype=dtype), []
     for backend, inputs in (("cpu", args), ("torch", args), ("reference", wide)):
         out = scaled_dot_product_attention(*inputs, mask, enable_gqa=True, backend=backend)
         grads = torch.autograd.grad(out, inputs, up.to(out.dtype))

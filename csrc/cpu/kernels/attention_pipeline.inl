@@ -85,23 +85,27 @@ INLINE void tile_end(const TileJob& job) {
 // Jobs, with some exponentials beside each step. top, or null: takes the largest of each column
 // of what the jobs made.
 INLINE void run_jobs(const TileJob* jobs, i64 count, i64 steps, Exponentials& e, i64 pairs,
-                     float* top) {
+                     bool last, float* top) {
   Vec most_of[2] = {set1(-kInf), set1(-kInf)};
+  const auto look = [&](const float* c) INLINE_LAMBDA {
+#pragma GCC unroll 8
+    for (int r = 0; r < 32; ++r)
+      for (int j = 0; j < 2; ++j) most_of[j] = at_least(load(c + r * 32 + j * W), most_of[j]);
+  };
   for (i64 i = 0; i < count; ++i) {
     const TileJob& job = jobs[i];
     tile_begin(job);
+    // one job late: what tiles have just stored has to reach the cache before it can be loaded
+    if (top && i > 0) look(jobs[i - 1].c);
     for (i64 s = 0; s < steps; ++s) {
       tile_step(job.a + s * 512, job.b + s * 512);
       const i64 end = least(e.rows, e.at + 2 * pairs);
       while (e.at < end) e.advance();
     }
     tile_end(job);
-    if (top)
-#pragma GCC unroll 8
-      for (int r = 0; r < 32; ++r)
-        for (int j = 0; j < 2; ++j)
-          most_of[j] = at_least(load(job.c + r * 32 + j * W), most_of[j]);
   }
+  while (e.at < e.rows && last) e.advance();
+  if (top && count > 0) look(jobs[count - 1].c);
   if (top)
     for (int j = 0; j < 2; ++j) store(top + j * W, most_of[j]);
 }
@@ -128,9 +132,8 @@ APART void run_slot(const Slot& slot) {
   }
   const i64 steps = slot.sum_jobs * slot.sum_steps + slot.score_jobs * slot.score_steps;
   const i64 pairs = ceil_div(slot.rows / 2, most(1, steps));
-  run_jobs(slot.sums, slot.sum_jobs, slot.sum_steps, e, pairs, nullptr);
-  run_jobs(slot.scores, slot.score_jobs, slot.score_steps, e, pairs, slot.top);
-  while (e.at < e.rows) e.advance();
+  run_jobs(slot.sums, slot.sum_jobs, slot.sum_steps, e, pairs, false, nullptr);
+  run_jobs(slot.scores, slot.score_jobs, slot.score_steps, e, pairs, true, slot.top);
   if (slot.state)
     for (int j = 0; j < 2; ++j)
       store(slot.state->sum + j * W, load(slot.state->sum + j * W) + e.sum[j]);
