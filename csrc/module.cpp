@@ -71,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
   fastllm::bindings::bind_optim(m);
   fastllm::bindings::bind_loss(m);
   fastllm::bindings::bind_softmax(m);
+  fastllm::bindings::bind_dropout(m);
   fastllm::bindings::bind_embedding(m);
   fastllm::bindings::bind_quant(m);
   fastllm::bindings::bind_rotary(m);

@@ -10,6 +10,7 @@ from fastllm.ops.attention import (
     merge_attention,
     scaled_dot_product_attention,
 )
+from fastllm.ops.dropout import dropout_add
 from fastllm.ops.embedding import embedding
 from fastllm.ops.grouped import grouped_linear
 from fastllm.ops.linear_distill import linear_distillation_loss
@@ -48,6 +49,7 @@ __all__ = [
     "cross_entropy",
     "distillation_loss",
     "dpo_loss",
+    "dropout_add",
     "embedding",
     "gated_linear",
     "geglu",

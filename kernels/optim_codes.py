@@ -135,8 +135,10 @@ def store_codes(ptr, scale_ptr, at, mask, x, n, key, STORE: tl.constexpr, BLOCK:
         code = y.to(tl.uint32, bitcast=True) + (random & 0xFFFFF)
         code = (code - 0x38000000) >> 20 & 0xFF
     elif STORE == 5:
-        low = _floor_e4m3(y)
-        code = _up_or_down(low, _from_e4m3(low), _from_e4m3(low + 1), y, random) | sign
+        # below 2^-6 codes are evenly spaced, as floats' first three bits are from 2^-6 on
+        code = tl.where(y < 0.015625, y + 0.015625, y).to(tl.uint32, bitcast=True)
+        code = code + (random & 0xFFFFF) - tl.where(y < 0.015625, 0x3C800000, 0x3C000000)
+        code = code.to(tl.uint32) >> 20 | sign
     else:
         low = _floor_e4m3(tl.sqrt_rn(y))
         below, above = _from_e4m3(low), _from_e4m3(low + 1)

@@ -10,9 +10,19 @@ from fastllm import _C
 from fastllm import functional as ours
 from fastllm.core.op import OPS
 from fastllm.core.proof import prove
+from fastllm.ops.dropout import reference as dropout
 
 LEVELS = _C.isa_levels()
-OF_CPU = ("silu", "gelu", "relu2", "swiglu", "geglu", "rotary_embedding", "embedding")
+OF_CPU = (
+    "silu",
+    "gelu",
+    "relu2",
+    "swiglu",
+    "geglu",
+    "rotary_embedding",
+    "embedding",
+    "dropout_add",
+)
 QUICK = [(n, c) for n in OF_CPU for c in OPS[n].cases if "bench" not in c.tags]
 
 
@@ -273,3 +283,66 @@ def test_any_embedding(rows, cols, count):
     dy = torch.randn_like(out)
     wanted = torch.autograd.grad(weight[index], weight, dy)[0]
     torch.testing.assert_close(torch.autograd.grad(out, weight, dy)[0], wanted)
+
+
+# ---- dropout_add
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_keeps_its_share_independently(p):
+    """Of 2^18 elements in several rows of the mask; neighbours say nothing about each other."""
+    torch.manual_seed(3)
+    x = torch.ones(8, 1 << 15)
+    kept = ours.dropout_add(x, torch.zeros_like(x), p)
+    assert set(kept.unique().tolist()) == {0.0, kept.max().item()}
+    assert kept.max().item() == pytest.approx(1 / (1 - p))
+    mask = (kept > 0).double() - (1 - p)
+    deviation = (p * (1 - p) / mask.numel()) ** 0.5
+    assert abs(mask.mean().item()) < 4 * deviation
+    for one, other in ((mask[:, 1:], mask[:, :-1]), (mask[1:], mask[:-1])):
+        assert abs((one * other).mean().item()) < 4 * p * (1 - p) / one.numel() ** 0.5
+
+
+def test_dropout_follows_the_generator_and_checkpoints():
+    x, residual = torch.randn(2, 5, 40, requires_grad=True), torch.randn(2, 5, 40)
+    torch.manual_seed(5)
+    first, other = (ours.dropout_add(x, residual, 0.3) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(ours.dropout_add(x, residual, 0.3), first) and not torch.equal(first, other)
+    (plain,) = torch.autograd.grad(first.square().sum(), x)
+    torch.manual_seed(5)
+    again = torch.utils.checkpoint.checkpoint(
+        ours.dropout_add, x, residual, 0.3, use_reentrant=False
+    )
+    (found,) = torch.autograd.grad(again.square().sum(), x)
+    assert torch.equal(found, plain)
+    assert torch.equal(ours.dropout_add(x, residual, 0.3, False), residual + x)
+    with pytest.raises(ValueError, match=r"p: expected 0 to 1, found 1\.5"):
+        ours.dropout_add(x, residual, 1.5)
+
+
+def test_dropout_takes_mixed_dtypes_and_stores_no_mask():
+    x = torch.randn(64, 1000, dtype=torch.bfloat16, requires_grad=True)
+    residual, seed = torch.randn(64, 1000), torch.tensor([7])
+    stored = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t.numel()) or t, _same):
+        out = ours.dropout_add(x, residual, 0.25, seed=seed)
+    assert out.dtype == torch.float32 and sum(stored) <= 1
+    kept = dropout.kept(seed, x.shape, 0.25)
+    assert torch.equal(out == residual, ~kept | (x == 0))
+    (found,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(found, torch.where(kept, 4 / 3, 0.0).to(torch.bfloat16))
+
+
+def _same(tensor):
+    return tensor
+
+
+def test_dropout_compiles_whole_and_draws_anew():
+    torch._dynamo.reset()
+    x, residual = torch.randn(6, 40), torch.randn(6, 40)
+    compiled = torch.compile(ours.dropout_add, fullgraph=True, backend="aot_eager")
+    first, other = compiled(x, residual, 0.5), compiled(x, residual, 0.5)
+    assert not torch.equal(first, other)
+    gone = (first == residual).float().mean().item()
+    assert 0.3 < gone < 0.7

@@ -62,6 +62,7 @@ def elementwise(dtype):
     """Launches of the activations, rotary embedding and embedding's backward."""
     from fastllm.kernels.activation import activation_bwd, activation_fwd
     from fastllm.kernels.aot import meta, record
+    from fastllm.kernels.dropout import dropout
     from fastllm.kernels.embedding import embedding_bwd
     from fastllm.kernels.rotary import rotate
 
@@ -76,6 +77,8 @@ def elementwise(dtype):
         yield from record(rotate, heads, heads, table, table, 128, interleaved, back)
     index = meta(4096, dtype=torch.int64)
     yield from record(embedding_bwd, meta(4096, 1024, dtype=dtype), index, 32000, -1, True)
+    for residual in (x, None):
+        yield from record(dropout, x, residual, meta(1, dtype=torch.int64), 1.1, 2**31 + 5)
     part = meta(4096, 32, dtype=FP32)
     yield from record(rotate, heads, heads, part, part, 64, False, False)
 

@@ -31,6 +31,9 @@ MAKERS = [
     (optim.Lion, {"weight_decay": 0.1}),
     (optim.LAMB, {"lr": 0.01}),
     (optim.LAMB, {"weight_decay": 0.0, "maximize": True}),
+    (optim.Adafactor, {}),
+    (optim.Adafactor, {"lr": 0.1, "weight_decay": 0.1, "d": 1.5, "eps": (1e-3, 1e-2)}),
+    (optim.Adafactor, {"maximize": True, "beta2_decay": -0.5}),
 ]
 
 
@@ -118,6 +121,34 @@ def all_states(optimizer):
 
 
 @inside
+def test_adafactor_skips_and_takes_other_layouts():
+    """A step with inf changes nothing; stacks of matrices, and those that lie by columns."""
+    torch.manual_seed(0)
+    shapes = ((3, 20, 40), (17, 300), (40,))
+    a = [Parameter(torch.randn(s)) for s in shapes] + [Parameter(torch.randn(30, 50).t())]
+    b = [Parameter(p.detach().clone()) for p in a]
+    ours, plain = optim.Adafactor(a, lr=0.1), optim.Adafactor(b, lr=0.1)
+    for step in range(4):
+        for p, q in zip(a, b, strict=True):
+            q.grad = torch.randn(p.shape)
+            p.grad = torch.empty_like(p).copy_(q.grad) * 8
+        ours.grad_scale, ours.found_inf = torch.tensor(8.0), torch.tensor(float(step in (0, 2)))
+        if step in (0, 2):
+            a[0].grad.view(-1)[3] = float("inf")
+        before = [t.detach().clone() for t in (*a, *all_states(ours))]
+        with fastllm.backend("triton"):
+            ours.step()
+        if step == 2:
+            after = [t.detach() for t in (*a, *all_states(ours))]
+            assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+        elif step != 0:
+            with fastllm.backend("reference"):
+                plain.step()
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
+
+
+@inside
 def test_new_memory_is_seen():
     """Tables are kept by address: a gradient or parameter elsewhere is not mistaken."""
     a, b = parameters(), parameters()
@@ -150,7 +181,7 @@ def test_small_states_are_the_references(kept, cls):
 
 
 @inside
-@pytest.mark.parametrize("cls", [optim.AdamW, optim.LAMB])
+@pytest.mark.parametrize("cls", [optim.AdamW, optim.LAMB, optim.Adafactor])
 def test_stochastic_rounding_is_the_references(cls):
     a, b = parameters(torch.bfloat16), parameters(torch.bfloat16)
     for p in (*a, *b):
@@ -189,17 +220,22 @@ def test_hostile_gradients(value, kept):
 
 @inside
 def test_what_is_refused():
-    p = Parameter(torch.randn(5000))
-    p.grad = torch.randn(5000)
+    p = Parameter(torch.randn(50, 100))
+    p.grad = torch.randn(50, 100)
     with fastllm.backend("triton"), pytest.raises(fastllm.UnsupportedError, match="triton"):
-        optim.Adafactor([p]).step()
+        optim.Muon([p]).step()
 
 
 def launches():
     """Every launch of a step over meta tensors."""
+    from fastllm.kernels import adafactor
     from fastllm.kernels import optim as kernels
     from fastllm.kernels.aot import meta, record
 
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        g, row, col = meta(2, 4096, 512, dtype=dtype), meta(2, 4096, 1), meta(2, 1, 512)
+        yield from record(adafactor.squares, g)
+        yield from record(adafactor.direction, g, row, col, meta(1), 1e-6)
     one, key = meta(1), meta(1, dtype=torch.int32)
     for dtype, grad, master, kept in (
         (torch.float32, torch.float32, False, (0, 0, 0)),

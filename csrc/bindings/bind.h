@@ -74,6 +74,7 @@ void bind_activation(py::module_& m);
 void bind_optim(py::module_& m);
 void bind_loss(py::module_& m);
 void bind_softmax(py::module_& m);
+void bind_dropout(py::module_& m);
 void bind_embedding(py::module_& m);
 void bind_quant(py::module_& m);
 void bind_rotary(py::module_& m);

@@ -121,7 +121,7 @@ void step(int kind, uintptr_t rows, uintptr_t shares, int64_t row_count, int64_t
           float max_norm, py::bytes settings, py::bytes counts, int device, uintptr_t stream) {
   const auto groups = unpacked<OptimSettings>(settings, "settings");
   const auto parts = unpacked<OptimCount>(counts, "counts");
-  if (kind < kOptimAdam || kind > kOptimLion) throw py::value_error("kind: expected 0, 1 or 2");
+  if (kind < kOptimAdam || kind > kOptimAlong) throw py::value_error("kind: expected 0 to 3");
   if (parts.size() * kOptimGroups < groups.size()) {
     throw py::value_error("counts: expected one for each 32 groups");
   }

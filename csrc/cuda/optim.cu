@@ -14,6 +14,7 @@ cudaError_t update(int kind, const OptimStep& step, int64_t first, int64_t count
     case kOptimAdam:
       return launch(optim_update<kOptimAdam>, grid, kOptimThreads, 0, stream, 1, step, first);
     case kOptimSgd:
+    case kOptimAlong:
       return launch(optim_update<kOptimSgd>, grid, kOptimThreads, 0, stream, 1, step, first);
     default:
       return launch(optim_update<kOptimLion>, grid, kOptimThreads, 0, stream, 1, step, first);

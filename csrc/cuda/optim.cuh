@@ -246,9 +246,11 @@ __global__ void __launch_bounds__(kOptimThreads)
   if (i >= row_count || is_found(p)) return;
   const OptimRow& row = p.rows[first_row + i];
   const OptimSettings& s = all.group[row.group % kOptimGroups];
-  const float time = row.step ? *row.step + 1.0f : 0.0f;
-  if (row.step) *row.step = time;
-  const double lr = s.lr_at ? static_cast<double>(*s.lr_at) : s.lr;
+  const bool along = kind == kOptimAlong;
+  const float time = row.step ? *row.step + (along ? 0.0f : 1.0f) : 0.0f;
+  if (row.step && !along) *row.step = time;
+  double lr = s.lr_at ? static_cast<double>(*s.lr_at) : s.lr;
+  if (along) lr *= *row.scale[0];
   p.uses[first_row + i] =
       make_use(kind, s, lr, time, row.fresh != 0, factor, static_cast<uint32_t>(row.number));
 }

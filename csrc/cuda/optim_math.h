@@ -99,8 +99,10 @@ HOST_DEVICE uint32_t encoded(int store, float v, float factor, bool usable, uint
       return (bits_of(y < 0x1p-31f ? 0x1p-31f : y) + (random & 0xfffffu) - 0x38000000u) >> 20 &
              0xffu;
     case kFp8: {
-      const uint32_t low = floor_e4m3(y);
-      return up_or_down(low, from_e4m3(low), from_e4m3(low + 1), y, random) | sign;
+      // below 2^-6 codes are evenly spaced, as floats' first three bits are from 2^-6 on
+      const bool even = y < 0x1p-6f;
+      const uint32_t bits = bits_of(even ? y + 0x1p-6f : y) + (random & 0xfffffu);
+      return ((bits - (even ? 0x3c800000u : 0x3c000000u)) >> 20) | sign;
     }
     default: {
       const uint32_t low = floor_e4m3(sqrtf(y));
@@ -152,6 +154,8 @@ HOST_DEVICE OptimUse make_use(int kind, const OptimSettings& s, double lr, float
   u.nesterov = s.nesterov;
   u.stochastic = s.stochastic;
   u.key = key_of(s.seed, number, time);
+  // the second update of a step: its seed is the first one's key
+  if (kind == kOptimAlong) u.key = key_of(u.key, number, 0.0f);
   if (kind == kOptimAdam) {
     const double t = time;
     u.step = static_cast<float>(lr / (1 - pow(s.one, t)));

@@ -5,7 +5,9 @@
 
 namespace fastllm {
 
-constexpr int kOptimAdam = 0, kOptimSgd = 1, kOptimLion = 2;
+// Along: SGD without states whose lr each tensor multiplies by a number of its own, scale[0]; it does
+// not count steps.
+constexpr int kOptimAdam = 0, kOptimSgd = 1, kOptimLion = 2, kOptimAlong = 3;
 
 // How a state is kept: as in csrc/cpu/kernels/optim.h.
 constexpr int kPlain = 0, kHalf = 1, kSignedOctaves = 3, kOctaves = 4, kFp8 = 5, kFp8Square = 6;

@@ -2,6 +2,7 @@
 
 from fastllm.ops import activation as activation
 from fastllm.ops import attention as attention
+from fastllm.ops import dropout as dropout
 from fastllm.ops import embedding as embedding
 from fastllm.ops import grouped as grouped
 from fastllm.ops import linear_distill as linear_distill

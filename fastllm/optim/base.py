@@ -30,13 +30,15 @@ class Fused(Optimizer):
     kind      the kernel (settings.ADAM, ...)
     places    state names in the kernel's order, of all states the optimizer can have
     counted   whether torch's state has a `step`; without one, a fresh momentum is the gradient
-    direct    whether `kind` is the whole step
+    direct    whether `kind` is the whole step; else on_devices names the device backends for which
+              on_device(works, scale, found, max_norm, backend) is it
     """
 
     kind: int
     places: tuple[str, ...]
     counted = True
     direct = True
+    on_devices: tuple[str, ...] = ()
     own = ("state_dtype", "master_weights", "stochastic_rounding", "max_grad_norm", "seed")
 
     def options(
@@ -85,6 +87,13 @@ class Fused(Optimizer):
     def kept(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The states of `places` that this group has."""
         return self.places
+
+    def on_device(
+        self, works: list[Work], scale: Any, found: Any, max_norm: float | None, kernels: Any
+    ) -> Tensor | None:
+        """The whole step by `kernels` (cuda.py or triton.py), waiting for nothing. Returns the norm
+        that was clipped."""
+        raise TypeError(f"{type(self).__name__} has no step on a device")
 
     # ---- the step
 

@@ -20,7 +20,9 @@ except ImportError:
 KINDS = {"cuda": 2}  # device types, and DLPack's numbers for them
 PIECE = 16384  # elements of a block of threads
 GROUPS = 32  # whose settings go with one launch
-_ROW, _USE, _N, _GROUP = 14, 64, 9, 12  # int64 fields of a row, bytes of its use; places in a row
+ALONG = 3  # csrc/cuda/optim_params.h
+# int64 fields of a row, bytes of its use; places in a row
+_ROW, _USE, _SCALE, _N, _GROUP = 14, 64, 6, 9, 12
 _KEPT = 64  # tables at most
 _tables: dict[Any, "Table"] = {}
 
@@ -99,6 +101,29 @@ def run(
     )  # fmt: skip
     torch.autograd.graph.increment_version([p for work in works for p in work.params])
     return norm
+
+
+def run_works(
+    kind: int, works: list[Work], scale: Tensor | None, found: Tensor | None,
+    max_norm: float | None,
+) -> Tensor | None:  # fmt: skip
+    """The same, for works that are known to be readable."""
+    return run(kind, works, _rows_of(works), [None] * len(works), scale, found, max_norm)
+
+
+def run_along(works: list[Work], sizes: list[Tensor], found: Tensor | None) -> None:
+    """p <- p - lr size grad: the second update of a step, with sizes of each work's tensors."""
+    lines = torch.frombuffer(bytearray(_rows_of(works)), dtype=torch.int64).view(-1, _ROW)
+    places = [size.data_ptr() + 4 * i for size in sizes for i in range(len(size))]
+    lines[:, _SCALE] = torch.tensor(places, dtype=torch.int64)
+    run(ALONG, works, lines.numpy().tobytes(), [None] * len(works), None, found, None)
+
+
+def _rows_of(works: list[Work]) -> bytes:
+    rows = rows_of(works)
+    if isinstance(rows, str):
+        raise RuntimeError(f"tensors changed during an optimizer's step: {rows}")
+    return rows
 
 
 def _packed(work: Work, rate: Tensor | None) -> bytes:

@@ -63,8 +63,8 @@ def _run(
     backend: str, optimizer: "Fused", works: list[Work], rates: list[Tensor | None]
 ) -> str | None:
     """Updates everything, or changes nothing and returns why."""
-    indirect = getattr(optimizer, "on_device", None) if backend == "triton" else None
-    if not optimizer.direct and indirect is None:
+    indirect = None if optimizer.direct else optimizer.on_device
+    if not optimizer.direct and backend not in optimizer.on_devices:
         return "looks at whole tensors"
     kind = optimizer.kind
     found, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
@@ -83,7 +83,11 @@ def _run(
             rows = cuda.rows_of(works)
         if isinstance(rows, str):
             return rows
-        norm = cuda.run(kind, works, rows, rates, scale, found, optimizer.max_grad_norm)
+        if indirect is None:
+            norm = cuda.run(kind, works, rows, rates, scale, found, optimizer.max_grad_norm)
+        else:
+            moved = list(map(_with_rate, works, rates))
+            norm = indirect(moved, scale, found, optimizer.max_grad_norm, cuda)
     else:
         reason = triton.refuses(works)
         if reason is not None:
@@ -91,9 +95,9 @@ def _run(
         moved = [_steps_moved(_with_rate(w, r)) for w, r in zip(works, rates, strict=True)]
         most = optimizer.max_grad_norm
         if indirect is not None:
-            norm = indirect(moved, scale, found, most)
+            norm = indirect(moved, scale, found, most, triton)
         else:
-            norm = triton.run(kind, moved, scale, found, most)
+            norm = triton.run_works(kind, moved, scale, found, most)
     optimizer.grad_norm = norm
     return None
 

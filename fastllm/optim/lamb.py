@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastllm.optim import triton
 from fastllm.optim.adam import EXTRAS
 from fastllm.optim.directed import Directed, Way, computed, norms, wide
 from fastllm.optim.settings import ADAM, Settings
@@ -16,6 +15,7 @@ from fastllm.optim.work import Work, run
 class LAMB(Directed, Optimizer):
     kind = ADAM
     places = ("exp_avg", "exp_avg_sq")
+    on_devices = ("cuda", "triton")
 
     def __init__(
         self,
@@ -66,9 +66,8 @@ class LAMB(Directed, Optimizer):
         return [Way(end, -s.lr * (p / u if p > 0 and u > 0 else 1.0)) for end, p, u in lengths]
 
     def on_device(
-        self, works: list[Work], scale: Any, found: Any, max_norm: float | None
+        self, works: list[Work], scale: Any, found: Any, max_norm: float | None, kernels: Any
     ) -> Tensor | None:
-        """The step in Triton: lengths stay on the device. Returns the norm that was clipped."""
         adams, alongs, sizes = [], [], []
         for work in works:
             s, params = work.settings, wide(work)
@@ -78,15 +77,15 @@ class LAMB(Directed, Optimizer):
             adams.append(work._replace(settings=adam, params=ends, masters=None))
             along = Settings(-s.lr, stochastic=s.stochastic, seed=s.seed)
             alongs.append(work._replace(settings=along, grads=ends, states=[], scales=[]))
-        norm = triton.run(ADAM, adams, scale, found, max_norm)
+        norm = kernels.run_works(ADAM, adams, scale, found, max_norm)
         for work in alongs:
             p, u = (
                 torch.stack(torch._foreach_norm(ts, dtype=torch.float32))
                 for ts in (wide(work), work.grads)
             )
             sizes.append(torch.where((p > 0) & (u > 0), p / u, torch.ones_like(u)))
-        triton.run_along(alongs, sizes, found)
-        return norm
+        kernels.run_along(alongs, sizes, found)
+        return norm  # type: ignore[no-any-return]
 
 
 LAMB.__doc__ = f"""LAMB (You et al., 2020) in three fused passes over all tensors.

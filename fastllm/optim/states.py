@@ -12,9 +12,9 @@ values keep their share of the codes, and adding random bits to a float's own is
 
 Codes, and bfloat16, are rounded up or down at random in proportion to the distances: a moving
 average that moves by less than half a code in each step would otherwise never move. As many random
-bits are drawn as are dropped (16 for bfloat16, 20 for int8), which leaves no bias; fp8 has 23, a
-bias of at most 2^-24 of a code. They come from a counter (element, tensor, step, seed), so that a
-step is repeatable. A second moment's code is above zero wherever its scale is.
+bits are drawn as are dropped (16 for bfloat16, 20 for codes), which leaves no bias; fp8's second
+moment has 23, a bias of at most 2^-24 of a code. They come from a counter (element, tensor, step,
+seed), so that a step is repeatable. A second moment's code is above zero wherever its scale is.
 
 Until version 2, int8 codes were c |c| / 127^2 in int8 and (c / 255)^4 in uint8; the dtypes
 tell, and load_state_dict converts them.
@@ -71,6 +71,13 @@ def _floor_e4m3(x: Tensor) -> Tensor:
     return torch.where(x < 2.0**-6, (x * 2.0**9).int(), normal)
 
 
+def _bits_e4m3(y: Tensor) -> Tensor:
+    # below 2^-6 codes are evenly spaced, as floats' first three bits are from 2^-6 on
+    even = y < 2.0**-6
+    bits = torch.where(even, y + 2.0**-6, y).view(torch.int32)
+    return bits - torch.where(even, 0x3C800000, 0x3C000000).to(torch.int32)
+
+
 def _octaves(count: int, offset: float, signed: bool) -> Code:
     """`count` powers of two, the last from 1 to 2, less an offset."""
     base = (128 - count) << 23
@@ -89,7 +96,7 @@ _FP8 = torch.float8_e4m3fn
 CODES = {
     ("int8", 0): _octaves(16, 2.0**-15, True),
     ("int8", 1): _octaves(32, 0.0, False),
-    ("fp8", 0): Code(_FP8, 126, 448.0, True, _e4m3, _floor_e4m3),
+    ("fp8", 0): Code(_FP8, 126, 448.0, True, _e4m3, _floor_e4m3, _bits_e4m3),
     ("fp8", 1): Code(
         _FP8, 126, 448.0**2, False, lambda c: _e4m3(c) ** 2, lambda y: _floor_e4m3(y.sqrt())
     ),

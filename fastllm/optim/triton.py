@@ -91,7 +91,7 @@ def _batches(kernels: Any, work: Work) -> list[tuple[list[int], Any]]:
     return found
 
 
-def run(
+def run_works(
     kind: int, works: list[Work], scale: Any, found_inf: Any, max_norm: float | None
 ) -> Tensor | None:
     """Updates everything; returns the norm of the gradients where there is one to clip to.

@@ -1,9 +1,9 @@
 """fused_loss=True: a Hugging Face causal LM whose labels= path never holds its logits.
 
 The model's forward is its own. While it runs with labels, its head answers with LazyLogits, and its
-loss_function, given these, computes the loss from the hidden states. Whatever is unusual (a loss
-of the user's own, a head that is sharded or that heads.py does not know, torch.compile) takes the
-stock path.
+loss_function, given these, computes the loss from the hidden states. In a compiled step they are
+Deferred. Whatever is unusual (a loss of the user's own, a head that is sharded or that heads.py
+does not know) takes the stock path.
 """
 
 import functools
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastllm import functional as fast
 from fastllm.swap import classes, heads
+from fastllm.swap.deferred import Deferred
 from fastllm.swap.heads import Head
 from fastllm.swap.lazy import LazyLogits, Source, plain, scale_and_cap
 from fastllm.swap.report import Row
@@ -35,18 +36,21 @@ class FusedLoss:
         backend, stock, names = self.backend, base.forward, list(_parameters(base.forward))
         place = names.index("labels") - 1
         getter, setter = base.loss_function.fget, base.loss_function.fset
+        stock_loss = _stock_loss()
 
         @functools.wraps(stock)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             labels = args[place] if place < len(args) else kwargs.get("labels")
-            parts = None if labels is None or torch.compiler.is_compiling() else _parts(self)
+            parts = None if labels is None else _parts(self)
             if parts is None:
                 return stock(self, *args, **kwargs)
             head = self.get_output_embeddings()
             own = head.forward
 
-            def lazily(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                return own(hidden, *args, **kwargs) if args or kwargs else _lazy(parts, own, hidden)
+            def lazily(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+                if args or kwargs:
+                    return own(hidden, *args, **kwargs)
+                return _lazy(head, parts, hidden)
 
             vars(head)["forward"] = lazily
             try:
@@ -56,9 +60,7 @@ class FusedLoss:
 
         def loss_function(self: Any) -> Any:
             found = getter(self)
-            if torch.compiler.is_compiling() or found is not _stock_loss():
-                return found
-            return functools.partial(_loss, found, backend)
+            return functools.partial(_loss, found, backend) if found is stock_loss else found
 
         def set_loss_function(self: Any, value: Any) -> None:
             setter(self, value)
@@ -110,29 +112,26 @@ def _parts(model: Any) -> Head | None:
     return parts if all(map(plain, parts.tensors)) else None
 
 
-def _lazy(parts: Head, own: Any, hidden: Tensor) -> Tensor:
-    """head(hidden), not yet; `own` is the head's forward."""
+def _lazy(module: nn.Module, parts: Head, hidden: Tensor) -> Any:
+    """module(hidden), not yet."""
     dtype, kind = hidden.dtype, hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    elif dtype != parts.linear.weight.dtype:
-        return own(hidden)
-    if not plain(hidden):
-        return own(hidden)
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    dropped = parts.dropped(hidden)
-
-    def compute() -> Tensor:
-        with torch.autocast(kind, dtype=autocast[1], enabled=autocast[0]):
-            return own(hidden) if dropped is None else parts.logits(hidden, dropped)
-
-    return LazyLogits(hidden, Source(parts, dropped, compute), (), dtype)
+    if autocast[0]:
+        dtype = autocast[1]
+    elif dtype != parts.linear.weight.dtype:
+        return type(module).forward(module, hidden)
+    if not plain(hidden):
+        return type(module).forward(module, hidden)
+    source = Source(module, parts, parts.dropped(hidden), autocast)
+    if torch.compiler.is_compiling():
+        return Deferred(hidden, source, dtype)
+    return LazyLogits(hidden, source, (), dtype)
 
 
 def _loss(
     stock: Any,
     backend: str | None,
-    logits: Tensor,
+    logits: Any,
     labels: Tensor | None,
     vocab_size: int,
     num_items_in_batch: Any = None,
@@ -141,21 +140,22 @@ def _loss(
     **kwargs: Any,
 ) -> Tensor:
     """transformers' ForCausalLMLoss, from the hidden states where the logits were left out."""
-    steps = scale_and_cap(logits.steps) if isinstance(logits, LazyLogits) else None
-    if (
-        steps is None
-        or not isinstance(logits, LazyLogits)
-        or not logits.pending
-        or vocab_size != logits.shape[-1]
-    ):
-        given = logits.computed() if isinstance(logits, LazyLogits) else logits
+    deferred = isinstance(logits, Deferred)
+    pending = deferred or (isinstance(logits, LazyLogits) and logits.pending)
+    steps = scale_and_cap(logits.steps) if pending else None
+    if steps is None or vocab_size != logits.shape[-1]:
+        if deferred:
+            logits = logits.tensor()
+        elif isinstance(logits, LazyLogits):
+            logits = logits.computed()
         return stock(
-            given, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+            logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
         )
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    hidden, head = logits.hidden, logits.source.head.linear
+    hidden, source = logits.hidden, logits.source
+    head = source.head.linear
     mean = num_items_in_batch is None
     loss = fast.linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -168,7 +168,7 @@ def _loss(
         softcap=steps[1],
         dtype=torch.promote_types(hidden.dtype, torch.float32),
         backend=backend,
-        **logits.source.head.loss_arguments(logits.source.dropped),
+        **source.head.loss_arguments(source.dropped),
     )
     if mean:
         return loss

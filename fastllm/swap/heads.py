@@ -15,7 +15,7 @@ from fastllm.nn.linear import Linear
 _FORWARDS = (nn.Linear.forward, Linear.forward)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # torch.compile hands no frozen one back
 class Head:
     """logits = linear(x) + scale * up(low(dropout(x))); without the last term where low is None."""
 

@@ -31,15 +31,26 @@ _KNOWN = {
 
 
 class Source(NamedTuple):
-    """Where logits come from: the head, what its adapter reads (None: hidden), and its product."""
+    """Where logits come from: the head as a module, its parts, what its adapter reads (None:
+    hidden), and the autocast they were asked for under."""
 
+    module: Any
     head: Head
     dropped: Tensor | None
-    compute: Callable[[], Tensor]
+    autocast: tuple[bool, torch.dtype]
 
     def versions(self) -> list[int]:
         """Of the parameters: what a write in place changes."""
         return [p._version for p in self.head.tensors]
+
+    def compute(self, hidden: Tensor) -> Tensor:
+        """The head's product."""
+        enabled, dtype = self.autocast
+        with torch.autocast(hidden.device.type, dtype=dtype, enabled=enabled):
+            if self.dropped is None:
+                made: Tensor = type(self.module).forward(self.module, hidden)
+                return made
+            return self.head.logits(hidden, self.dropped)
 
 
 class LazyLogits(Tensor):
@@ -82,9 +93,9 @@ class LazyLogits(Tensor):
                     "fused_loss, look at them before the optimizer's step"
                 )
             with torch._C.DisableTorchFunctionSubclass(), torch.set_grad_enabled(self.grad_mode):
-                value = self.source.compute()
+                value = self.source.compute(self.hidden)
                 for name, argument in self.steps:
-                    value = _STEPS[name](value, argument)
+                    value = STEPS[name](value, argument)
             self.value = value
         return self.value
 
@@ -123,7 +134,7 @@ class LazyLogits(Tensor):
         return self.computed().__deepcopy__(memo)
 
 
-_STEPS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+STEPS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "div": lambda x, c: x / c,
     "mul": lambda x, c: x * c,
     "tanh": lambda x, _: torch.tanh(x),

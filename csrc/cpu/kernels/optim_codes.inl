@@ -123,25 +123,33 @@ struct Octaves {
     return {(Floats)(((Words)load_signed_bytes(codes) << 20) + 0x38000000u)};
   }
 };
-// e4m3: 4 exponent bits with bias 7, 3 bits of mantissa, 448 the largest.
+// e4m3: 4 exponent bits with bias 7, 3 bits of mantissa, 448 the largest. Below 2^-6 its codes are
+// evenly spaced, as floats with three bits of fraction are from 2^-6 to 2^-5: numbers are moved there.
+constexpr uint32_t kEven = 0x3c800000u, kRising = 0x3c000000u;  // what code 0 would have as a float
 INLINE Vec from_e4m3(Words c) {
-  const Vec normal = {(Floats)((c << 20) + 0x3c000000u)};
-  const Vec small = from_int(c) * set1(0x1p-9f);
-  return {(Floats)pick_words((Words)(c < 8u), (Words)small.v, (Words)normal.v)};
+  const Words first = c < 8u ? words(kEven) : words(kRising);
+  const Vec off = {(Floats)(c < 8u ? words(kEven) : words(0))};
+  return Vec{(Floats)((c << 20) + first)} - off;
 }
-INLINE Words floor_e4m3(Vec a) {
-  const Words normal = ((Words)a.v >> 20) - (120u << 3);
-  return pick_words(less(a, set1(0x1p-6f)), to_int(a * set1(0x1p9f)), normal);
-}
+// A number's place: float bits whose code is place.code() of them.
+struct Place {
+  Words bits, first;
+  Vec off;
+
+  INLINE_MEMBER explicit Place(Vec a) {
+    const Vec edge = set1(0x1p-6f);
+    off = {a.v < edge.v ? edge.v : zero().v};
+    first = a.v < edge.v ? words(kEven) : words(kRising);
+    bits = (Words)(a + off).v;
+  }
+  INLINE_MEMBER Words code(Words x) const { return (x - first) >> 20; }
+};
 struct Fp8 {
   static constexpr float kUnit = 448.0f;
   static constexpr bool kZero = false;
   INLINE_MEMBER static Words put(Vec v, Vec factor, const Random& random) {
-    const Vec y = Vec{(Floats)magnitude(v)} * factor, u = random.share<true>();
-    const Words low = floor_e4m3(y);
-    const Vec value = from_e4m3(low), gap = from_e4m3(low + 1u) - value;
-    const Words code = above_or(low, fma(u, gap, value), y);
-    return code | ((Words)v.v >> 31 << 7);
+    const Place place(Vec{(Floats)magnitude(v)} * factor);
+    return place.code(place.bits + random.below<true>()) | ((Words)v.v >> 31 << 7);
   }
   INLINE_MEMBER static Vec get(const uint8_t* codes) {
     const Words byte = (Words)load_bytes(codes);
@@ -155,9 +163,11 @@ struct Fp8Square {
   // gap then still decides rightly.
   INLINE_MEMBER static Words put(Vec v, Vec factor, const Random& random) {
     const Vec y = v * factor, u = random.share<false>();
-    const Words low = floor_e4m3(rough_root(y));
-    const Vec z = from_e4m3(low), t = from_e4m3(low + 1u), value = z * z;
-    return above_or(low, fma(u, t * t - value, value), y);
+    const Place place(rough_root(y));
+    const Words low = place.bits & ~kBelow;
+    const Vec z = Vec{(Floats)low} - place.off, t = Vec{(Floats)(low + 0x100000u)} - place.off;
+    const Vec value = z * z;
+    return above_or(place.code(low), fma(u, t * t - value, value), y);
   }
   INLINE_MEMBER static Vec get(const uint8_t* codes) {
     const Vec z = from_e4m3((Words)load_bytes(codes));
