@@ -100,6 +100,27 @@ def test_errors_name_the_argument():
 # ---- Triton, ahead of time
 
 
+def test_a_measured_cut_is_taken(monkeypatch):
+    from types import SimpleNamespace
+
+    from fastllm.kernels.quant_matmul import QuantConfig
+
+    from fastllm.ops.quant_linear import triton_cuts
+
+    known, asked = QuantConfig(16, 32, 64), []
+
+    def measured(device, *sizes):
+        asked.append(sizes)
+        return vars(known)
+
+    monkeypatch.setattr(triton_cuts, "CUTS", measured)
+    x = torch.empty(2, 64, dtype=torch.int8)
+    assert triton_cuts.pick(x, 48, INT8, 0, BF16) is None and not asked  # nothing to measure on
+    on_gpu = SimpleNamespace(is_cuda=True, device="cuda:0", shape=x.shape, dtype=x.dtype)
+    assert triton_cuts.pick(on_gpu, 48, INT8, 0, BF16) == known
+    assert asked == [(2, 64, 48, INT8, 0, True, BF16)]
+
+
 def launches(tokens, code, group, integer, dtype):
     """What the launchers would launch for a layer of 4096 x 4096."""
     from fastllm.kernels import quant_matmul as qm

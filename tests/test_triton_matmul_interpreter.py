@@ -238,3 +238,20 @@ def test_what_the_tuner_would_measure(products, plain):
     assert TILES.default(*sizes) in found.values() and len(found) > 3
     for chosen in list(found.values())[:3]:
         close(TILES.run(chosen, a, *rights, plain, False)[0], exact)
+
+
+@inside
+@pytest.mark.parametrize("code, group, integer", [(0, 0, False), (0, 0, True), (1, 32, False)])
+def test_quantized_products_that_the_tuner_would_measure(code, group, integer):
+    from fastllm.ops.quant_linear import reference
+    from fastllm.ops.quant_linear.triton_cuts import CUTS
+
+    sizes = (5, 128, 40, code, group, integer, torch.float32)
+    x, codes, scales, token_scales, *rest = CUTS.build(torch.device("cpu"), *sizes)
+    w = reference.weight(codes, scales, None, code, group, 128, torch.float64)
+    exact = x.double() @ w.t()
+    exact = exact * token_scales[:, None] if integer else exact
+    found = CUTS.candidates("cpu", sizes)
+    assert CUTS.default(*sizes) in found.values() and len(found) > 3
+    for chosen in list(found.values())[:3]:
+        close(CUTS.run(chosen, x, codes, scales, token_scales, *rest), exact)

@@ -130,6 +130,9 @@ struct Blocks {
       if (r >= count || p.w.k < (at + words) * kPer)
         for (i64 i = 0; i < words; i += 16) __builtin_memset(out + i / 16 * E::kStep, 0, 64);
       if (r >= count) continue;
+      const uintptr_t ahead = uintptr_t(p.w.codes) + (from + r + 2) * p.w.row;
+      const i64 first = code_bytes(p.w.kind, at * kPer), size = code_bytes(p.w.kind, words * kPer);
+      for (i64 i = 0; i < size; i += 64) __builtin_prefetch((const void*)(ahead + first + i));
 #if defined(FASTLLM_BYTE_DOTS)
       if (plan.dealt) {
         decode_dealt(p.w, lanes, from + r, at * kPer, words, term, out, E::kStep);
@@ -199,7 +202,11 @@ struct Blocks {
           Vec v = block[i] * scale;
           if (E::kInteger) v = v * set1(token_scales[j + i]);
           if (p.bias) v = v + bias;
-          store((T*)p.out + (token + j + i) * p.w.n + from + n, v, lanes);
+          T* to = (T*)p.out + (token + j + i) * p.w.n + from + n;
+          if (lanes == W)
+            put_quick<false>(to, v, All{});
+          else
+            store(to, v, lanes);
         }
       }
     }
@@ -291,7 +298,8 @@ void blocks(const Product& p, int threads) {
   }
 #if defined(FASTLLM_TILES)
   if constexpr (std::is_same_v<T, f16>) return run_blocks<TermTiles<2>, T>(p, threads);
-  if constexpr (std::is_same_v<T, float>) return run_blocks<TermTiles<3>, T>(p, threads);
+  if constexpr (std::is_same_v<T, float>)  // six products would not beat plain ones
+    if (weight_terms(p.w, 3) < 3) return run_blocks<TermTiles<3>, T>(p, threads);
 #endif
   if constexpr (std::is_same_v<T, bf16>)
     run_blocks<Floats16, T>(p, threads);

@@ -85,11 +85,11 @@ APART void pack_dealt(const bf16* x, i64 row, i64 rows, i64 k, i64 words, int wi
 // ---- a few tokens
 
 // Tokens as integers: each block is digits of 7 bits, the largest first, in units of a power of two.
-// bf16 and float16 are exact so, but for numbers far below the largest of their 128, whose error is
-// 2^-21 of that; for float32 it is 2^-28.
+// What is lost is 2^-28 of the largest of 128 numbers, for bf16 2^-21 (and nothing at all unless
+// the others are 2^12 times smaller): float32 goes this way where it is `balanced`.
 template <class T>
 constexpr int digits_of() {
-  return sizeof(T) == 4 ? 4 : 3;
+  return std::is_same_v<T, bf16> ? 3 : 4;
 }
 
 // What tokens have become: int8 (D = 1), or D digits, and the sums of their groups.
@@ -265,6 +265,16 @@ INLINE void sum_digits(const int8_t* digits, int32_t centre, int32_t* sums) {
   IntVec sum[2] = {};
   dot_digits<D>(ones, ones, digits, sum);
   for (int h = 0; h < (D == 4 ? 2 : 1); ++h) store_words(sums + h * W, sum[h] * centre);
+}
+
+// Whether digits hold what float32 does: in no block does one number dwarf the others.
+APART bool balanced(const float* x, i64 blocks) {
+  for (i64 b = 0; b < blocks; ++b, x += kDealt) {
+    Vec sum = zero();
+    for (int i = 0; i < kDealt; i += W) sum = sum + from_bits(bits_of(load(x + i)) & 0x7fffffff);
+    if (hsum(sum) < 5.0f * largest(x, kDealt)) return false;
+  }
+  return true;
 }
 
 // One block of a token in digits; its unit.

@@ -60,7 +60,8 @@ struct Integers : VectorTiles<ShortDots> {
 #if defined(FASTLLM_TILES)
 struct AmxTiles {
   static constexpr int kRows = 32, kTerms = 1;
-  static constexpr i64 kStep = 512, kDeep = 256, kBlockRows = 256;
+  static constexpr i64 kStep = 512, kBlockRows = 256;
+  static constexpr i64 kDeep = 1024;  // loading sums again costs more than what L1 would hold
   INLINE_MEMBER static i64 row(i64 r, i64) { return r * 16; }
   using Session = TileSession;
 };
@@ -85,7 +86,7 @@ struct HalfTiles : AmxTiles {
     if (cols == 16)
       half_tiles_2x1(deep / 16, a + at * kRows, x + at * 16, c, add);
     else
-      tiles_2x2(deep / 16, a + at * kRows, x + at * 32, c, add);
+      half_tiles_2x2(deep / 16, a + at * kRows, x + at * 32, c, add);
   }
 };
 using Floats16 = HalfTiles;

@@ -223,12 +223,13 @@ APART Dealt deal_tokens(const Product& p, const Thin& x, const Lanes& lanes, flo
   constexpr int D = digits_of<T>(), kHalves = D == 4 ? 2 : 1;
   int32_t* sums = (int32_t*)(room + all * kDealt);
   float *held = room + all * (kDealt + 2 * W), *units = held + all * W;
-  bool digits = codes || p.w.kind == kInt4 || p.w.kind == kInt8;
+  bool plain = true, digits = codes || p.w.kind == kInt4 || p.w.kind == kInt8;
   for (i64 m = 0; m < p.m && !codes; ++m) {
-    const float top = largest(x.values + m * width, width);
-    digits = digits && top < 0x1p100f;  // NaN and infinity are none
+    const float* token = x.values + m * width;
+    plain = plain && largest(token, width) < 0x1p100f;  // NaN and infinity are not
+    digits = digits && plain && (D < 4 || std::is_same_v<T, f16> || balanced(token, blocks));
   }
-  if (!digits && (p.w.zeros || !nibbles)) return {};
+  if ((!plain && p.w.zeros) || (!digits && !nibbles)) return {};
   for (i64 m = 0; m < p.m; ++m) {
     const float* token = x.values + m * width;
     const i64 at = m * blocks;

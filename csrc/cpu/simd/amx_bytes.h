@@ -1,33 +1,49 @@
-// AMX tiles of signed bytes: as amx.h's, with sums of int32 and 64 numbers a step.
+// AMX tiles of signed bytes, with sums of int32 and 64 numbers a step, and of bf16 (amx.h).
+//
+// The left side comes from L2: its lines are asked for one step ahead, between the products.
 
-// c [32][32] (+)= a b; a [steps][32][16] words of four bytes, b [steps][16][32] words.
-APART void byte_tiles_2x2(int64_t steps, const float* a, const float* b, float* c, bool add) {
-  if (add) {
-    _tile_loadd(0, c, 128);
-    _tile_loadd(1, c + 16, 128);
-    _tile_loadd(2, c + 512, 128);
-    _tile_loadd(3, c + 528, 128);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t s = 0; s < steps; ++s, a += 512, b += 512) {
-    _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 128);
-    _tile_dpbssd(0, 4, 6);
-    _tile_loadd(7, b + 16, 128);
-    _tile_dpbssd(1, 4, 7);
-    _tile_loadd(5, a + 256, 64);
-    _tile_dpbssd(2, 5, 6);
-    _tile_dpbssd(3, 5, 7);
-  }
-  _tile_stored(0, c, 128);
-  _tile_stored(1, c + 16, 128);
-  _tile_stored(2, c + 512, 128);
-  _tile_stored(3, c + 528, 128);
+// Asks for lines [from, from + 8) of the next step's 32.
+INLINE void ask_for_lines(const float* a, int from) {
+#pragma GCC unroll 8
+  for (int i = from; i < from + 8; ++i) _mm_prefetch((const char*)(a + 512) + 64 * i, _MM_HINT_T0);
 }
+
+// c [32][32] (+)= a b; a [steps][32][16] words, b [steps][16][32] words.
+#define FASTLLM_TILES_2X2(name, dot)                                                   \
+  APART void name(int64_t steps, const float* a, const float* b, float* c, bool add) { \
+    if (add) {                                                                         \
+      _tile_loadd(0, c, 128);                                                          \
+      _tile_loadd(1, c + 16, 128);                                                     \
+      _tile_loadd(2, c + 512, 128);                                                    \
+      _tile_loadd(3, c + 528, 128);                                                    \
+    } else {                                                                           \
+      _tile_zero(0);                                                                   \
+      _tile_zero(1);                                                                   \
+      _tile_zero(2);                                                                   \
+      _tile_zero(3);                                                                   \
+    }                                                                                  \
+    for (int64_t s = 0; s < steps; ++s, a += 512, b += 512) {                          \
+      ask_for_lines(a, 0);                                                             \
+      _tile_loadd(4, a, 64);                                                           \
+      _tile_loadd(6, b, 128);                                                          \
+      dot(0, 4, 6);                                                                    \
+      ask_for_lines(a, 8);                                                             \
+      _tile_loadd(7, b + 16, 128);                                                     \
+      dot(1, 4, 7);                                                                    \
+      ask_for_lines(a, 16);                                                            \
+      _tile_loadd(5, a + 256, 64);                                                     \
+      dot(2, 5, 6);                                                                    \
+      ask_for_lines(a, 24);                                                            \
+      dot(3, 5, 7);                                                                    \
+    }                                                                                  \
+    _tile_stored(0, c, 128);                                                           \
+    _tile_stored(1, c + 16, 128);                                                      \
+    _tile_stored(2, c + 512, 128);                                                     \
+    _tile_stored(3, c + 528, 128);                                                     \
+  }
+FASTLLM_TILES_2X2(byte_tiles_2x2, _tile_dpbssd)
+FASTLLM_TILES_2X2(half_tiles_2x2, _tile_dpbf16ps)
+#undef FASTLLM_TILES_2X2
 
 // c [32][16] (+)= a b with 16 columns of b and c.
 #define FASTLLM_TILES_2X1(name, dot)                                               \

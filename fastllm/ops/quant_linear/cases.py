@@ -66,6 +66,11 @@ def _test() -> Iterator[Case]:
     yield _case((3, 66, 5), (INT4, 64, False, FLOAT), FP64, bias=True, spare=True, tags={"quick"})
     for values, form in itertools.product(("zeros", "nan", "infinite"), FORMATS[:2]):
         yield _case((6, 64, 20), form, FP32, bias=True, values=values, tags={"adversarial"})
+    for form, dtype in itertools.product(((INT4, 32, True, FLOAT), FORMATS[0]), (FP32, BF16, FP16)):
+        yield _case((3, 256, 20), form, dtype, bias=False, values="outlier", tags={"adversarial"})
+    yield _case((3, 64, 20), (INT4, 32, False, FLOAT), FP32, bias=True, values="large", tags={"quick"})
+    for mode in (FLOAT, DYNAMIC):  # a group longer than what is read at once
+        yield _case((3, 1300, 20), (INT4, 1024, False, mode), BF16, bias=True, tags={"quick"})
     yield _case((2, 140000, 3), FORMATS[1], FP32, bias=False, tags={"quick"})  # past int32
     yield _case((6, 140000, 3), FORMATS[1], FP32, bias=False, tags={"quick"})
 
@@ -86,11 +91,15 @@ def _case(
 
     def build(generator: torch.Generator) -> tuple:
         x = _input((m, k), layout, generator).to(dtype, memory_format=torch.preserve_format)
+        w = torch.randn(n, k, generator=generator) * max(k, 1) ** -0.5
         if values == "zeros":
             x.zero_()
+        elif values == "large":
+            x *= 1e33
+        elif values == "outlier":  # that no weight sees: its neighbours must not suffer
+            x[:, 3], w[:, 3] = 1000.0, 0.0
         elif values != "normal":
             x[1, 3] = float("inf" if values == "infinite" else "nan")
-        w = torch.randn(n, k, generator=generator) * max(k, 1) ** -0.5
         codes, scales, zeros = quant.quantize(w, code, group, symmetric)
         b = torch.randn(n, generator=generator).to(dtype) if bias else None
         given = torch.tensor([0.03]) if activations == STATIC or spare else None
