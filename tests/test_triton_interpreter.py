@@ -31,7 +31,9 @@ def interpretable(op, case):
     """Whether a case is Triton's to serve, and small enough to be run value by value."""
     if case.dtype not in (torch.float32, torch.float16) or "triton" not in op.backends:
         return False
-    if op.family == "quant" and ("bench" in case.tags or case.name.startswith(REPEATED)):
+    if op.family in ("quant", "sparse") and (
+        "bench" in case.tags or case.name.startswith(REPEATED)
+    ):
         return False  # before bench's large tensors are quantized
     args = case.args()
     tensors = [args[i] for i in op.tensors if args[i] is not None]

@@ -25,9 +25,9 @@ def count(k: int) -> int:
 
 @functools.cache
 def _places(device: torch.device) -> Tensor:
-    """[16, 2]: which two of four elements the four bits name."""
-    pairs = [[j for j in range(4) if bits >> j & 1] for bits in range(16)]
-    return torch.tensor([[*p, 0, 1][:2] for p in pairs], device=device)
+    """[16, 2]: which two of four elements the four bits name; the first ones where bits lack."""
+    named = [sorted(range(4), key=lambda j: not bits >> j & 1)[:2] for bits in range(16)]
+    return torch.tensor([sorted(two) for two in named], device=device)
 
 
 def places(kept: Tensor, k: int) -> Tensor:
@@ -57,14 +57,14 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     n, k = weight.shape
     groups = F.pad(weight, (0, -k % 4)).unflatten(-1, (-1, 4)) if k else weight.new_empty(n, 0, 4)
     full = groups != 0
-    if k and int(full.sum(-1).max()) > 2:
+    if full.numel() and int(full.sum(-1).max()) > 2:
         many = int((full.sum(-1) > 2).sum())
         raise ValueError(
             f"weight: expected two zeros in every four neighbours along a row, found {many} fours "
             "with fewer: prune it with pattern=(2, 4) first"
         )
-    two = full.byte().sort(stable=True, dim=-1, descending=True).indices[..., :2].sort(-1).values
-    bits = (1 << two).sum(-1)
-    bits = F.pad(bits, (0, bits.shape[1] % 2))
+    weights = torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=weight.device)
+    two = _places(weight.device)[(full * weights).sum(-1)]  # the first zeros fill up
+    bits = F.pad((1 << two).sum(-1), (0, groups.shape[1] % 2))
     kept = (bits[:, ::2] | bits[:, 1::2] << 4).to(torch.uint8)
     return groups.gather(-1, two).flatten(-2), kept.contiguous()
