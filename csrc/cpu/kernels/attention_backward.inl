@@ -214,7 +214,7 @@ struct Backward {
                              [](i64, int) INLINE_LAMBDA { return set1(1.0f); });
     }
     if (a.dmask) write_mask(q, p, j0, n, r.bias);
-    mix_of<E>(plan.k, n, r.k_turned, d, u.dq, true);
+    mix_of<E>(plan.k, n, n, r.k_turned, d, u.dq, true);
     return true;
   }
 

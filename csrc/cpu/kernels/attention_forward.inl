@@ -219,7 +219,7 @@ struct Forward {
   // One panel against one tile.
   void step(const Sequence& q, const Room& r, i64 i, i64 j0, const float* tile, bool& fresh) const {
     const Panel<C>& p = r.panels[i];
-    const i64 n = least(plan.keys, q.s - j0);
+    const i64 packed = least(plan.keys, q.s - j0), n = least(packed, p.to - j0);
     const Seen sight = seen(c, p, q.b, j0, n, overview);
     if (sight == kNoneSeen) return;
     float* sums = r.sums + i * plan.v.turned_rows() * C;
@@ -239,7 +239,7 @@ struct Forward {
     } else {
       fold_with([](Vec e, i64, int) INLINE_LAMBDA { return e; });
     }
-    mix_of<E>(plan.v, n, tile + plan.k.room(), r.scores, sums, !fresh);
+    mix_of<E>(plan.v, n, packed, tile + plan.k.room(), r.scores, sums, !fresh);
     fresh = false;
   }
 

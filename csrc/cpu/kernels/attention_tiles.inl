@@ -246,12 +246,14 @@ INLINE void scores_of(const Left<E>& left, i64 n, const float* a, const float* b
                       c + i * left.height * E::kCols, false);
 }
 
-// sums [width][C] (+)= rows of a tile weighted by b [n keys][C].
+// sums [width][C] (+)= the first n rows of a tile, packed with `packed` of them, weighted by
+// b [n keys][C].
 template <class E>
-INLINE void mix_of(const Left<E>& left, i64 n, const float* a, const float* b, float* c, bool add) {
-  const i64 deep = E::words(n), step = left.turned_height;
+INLINE void mix_of(const Left<E>& left, i64 n, i64 packed, const float* a, const float* b, float* c,
+                   bool add) {
+  const i64 deep = E::words(n), step = left.turned_height, panel = step * E::words(packed);
   for (i64 i = 0; i < left.turned_panels(); ++i)
-    multiply_panel<E>(left.turned_height, deep, left.chain, a + i * step * deep, b,
+    multiply_panel<E>(left.turned_height, deep, left.chain, a + i * panel, b,
                       c + i * step * E::kCols, add);
 }
 
