@@ -322,3 +322,9 @@ def test_progress_is_a_line_on_a_terminal(monkeypatch):
         bar.step(0.5, "model.layers.0")
         bar.close()
         assert ("model.layers.0" in stream.getvalue()) == expected
+
+
+def test_the_report_says_which_layers_are_too_small_to_gain():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 8192))
+    text = str(fastllm.quantize(model, progress=False).report())
+    assert "1 layers have fewer than 131072 weights" in text and "slower" in text

@@ -17,6 +17,7 @@ from fastllm.quant.report import Report, Row, nbytes
 from fastllm.quant.select import oriented
 from fastllm.quant.sparse import PARTS, SparseLinear
 
+SMALL = 1 << 17  # weights of a layer where calling costs a CPU as much as multiplying
 UNREACHED = "calibration never reached it: rounded to the nearest"
 
 
@@ -88,6 +89,10 @@ def quantize(
                calibrated behind earlier ones where their statistics do not all fit into 1 GB
     progress   a bar on stderr where that is a terminal and it takes longer
 
+    "int8" is the fastest for float32 models; formats of weights alone are made for bfloat16, and
+    with float32 activations more than a few tokens run no faster than in floats. The report says
+    how many layers are so small that calling them costs more than it saves.
+
     The output layer of a language model stays in float unless Config(head=True); a tied one is no
     longer tied then, and the embedding stays float. Other shared weights stay as they are. The
     report says so. Gradients flow to inputs and biases, not to codes: train adapters, or see
@@ -123,7 +128,17 @@ def quantize(
     handle._report = Report(rows, before, nbytes(model), str(config))
     if calls is not None:
         handle._report.measured = "outputs"
+    small = sum(_is_small(layer) for layer in plan)
+    if small:
+        handle._report.notes.append(
+            f"{small} layers have fewer than {SMALL} weights: with a few tokens they are slower "
+            "than in floats; `exclude` leaves them alone"
+        )
     return handle
+
+
+def _is_small(layer: Any) -> bool:
+    return layer.codes.is_cpu and layer.out_features * layer.in_features < SMALL
 
 
 def _plan(

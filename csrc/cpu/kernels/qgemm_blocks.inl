@@ -175,8 +175,8 @@ struct Blocks {
   // ---- results
 
   // Rows [from, from + count) of the weight by the tokens of a panel: sums [rows][cols].
-  __attribute__((noinline)) void finish(const float* sums, i64 from, i64 count, i64 token, const float* token_scales)
-      const {
+  __attribute__((noinline)) void finish(const float* sums, i64 from, i64 count, i64 token,
+                                        const float* token_scales) const {
     const bool in_code = plan.grouped || p.w.group || two_a_byte(p.w.kind);
     for (i64 n = 0; n < count; n += W) {
       const int lanes = int(least(W, count - n));
@@ -212,7 +212,7 @@ struct Blocks {
     }
   }
 
-  // ---- a task: rows [from, from + plan.rows) by tokens [begin, end) of those packed from `first` on
+  // ---- a task: rows [from, from + plan.rows) by tokens [begin, end) of those packed from `first`
 
   __attribute__((noinline)) void task(i64 from, i64 first, i64 begin, i64 end, float* room) const {
     [[maybe_unused]] const typename E::Session session;
@@ -283,7 +283,8 @@ APART void run_blocks(const Product& p, int threads) {
   const i64 chunk = ceil_div(least(plan.chunk, p.m), plan.cols) * plan.cols;
   const i64 stretches = E::kInteger && p.w.zeros ? ceil_div(plan.words, plan.deep) : 0;
   const Scratch scratch(chunk * (plan.words * E::kTerms + 1 + stretches) + 64);
-  float *packed = scratch.data(), *scales = packed + chunk * plan.words * E::kTerms, *totals = scales + chunk;
+  float *packed = scratch.data(), *scales = packed + chunk * plan.words * E::kTerms;
+  float* totals = scales + chunk;
   Blocks<E, T>{p, plan, packed, scales, stretches ? totals : nullptr}.run(threads);
 }
 

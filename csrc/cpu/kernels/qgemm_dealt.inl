@@ -1,6 +1,6 @@
 // Nibbles without moving any between lanes: 64 bytes hold a block of 128, and word i of them stands
-// for elements 8 i to 8 i + 7. What they meet is dealt out to match. Four blocks are a stretch: their
-// scales are read at once, one lane for each group.
+// for elements 8 i to 8 i + 7. What they meet is dealt out to match. Four blocks are a stretch:
+// their scales are read at once, one lane for each group.
 
 constexpr i64 kDealt = 128, kStretch = 512;
 
@@ -84,8 +84,8 @@ APART void pack_dealt(const bf16* x, i64 row, i64 rows, i64 k, i64 words, int wi
 
 // ---- a few tokens
 
-// Tokens as integers: each block is digits of 7 bits, the largest first, in units of a power of two.
-// What is lost is 2^-28 of the largest of 128 numbers, for bf16 2^-21 (and nothing at all unless
+// Tokens as integers: each block is digits of 7 bits, the largest first, in units of a power of
+// two. What is lost is 2^-28 of the largest of 128 numbers, for bf16 2^-21 (and nothing at all unless
 // the others are 2^12 times smaller): float32 goes this way where it is `balanced`.
 template <class T>
 constexpr int digits_of() {
@@ -240,7 +240,8 @@ INLINE void thin_bytes_by_digits(const Weight& w, i64 row, const Dealt& x, float
     __builtin_prefetch((const void*)(uintptr_t(p) + 2112));
     block(b, load_words(p), load_words(p + 64));
   }
-  if (b < x.blocks) block(b, load_codes(p, w.k - b * kDealt), load_codes(p + 64, w.k - b * kDealt - 64));
+  const i64 left = w.k - b * kDealt;
+  if (left > 0) block(b, load_codes(p, left), load_codes(p + 64, left - 64));
   const float scale = scale_at(w.scales, w.scale_type, scale_index(w, row, 0));
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) out[m] = hsum(total[m]) * scale;

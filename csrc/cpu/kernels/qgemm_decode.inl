@@ -135,8 +135,8 @@ INLINE void with_kind(int kind, const F& call) {
   if (two_a_byte(kind)) call(Nibbles{});
 }
 
-// Calls step(p, i, state) for halves [i, i + kHalf) of row `row` from k0 on, `count` elements in all;
-// the codes behind the row's end are zeros of a copy.
+// Calls step(p, i, state) for halves [i, i + kHalf) of row `row` from k0 on, `count` elements in
+// all; the codes behind the row's end are zeros of a copy.
 template <class C, class F>
 INLINE void each_half(const Weight& w, i64 row, i64 k0, i64 count, const F& step) {
   constexpr bool kPacked = std::is_same_v<C, Nibbles>;
@@ -196,8 +196,8 @@ INLINE void put_half(bf16* out, const HalfOf& v) {
 }
 #endif
 
-// `words` words of a row from k0 on, in blocks of 16 words that lie `step` words apart; zeros behind
-// the row's end. Scales are in the numbers only where neighbours share them. term: of bf16.
+// `words` words of a row from k0 on, in blocks of 16 words that lie `step` words apart; zeros
+// behind the row's end. Scales are in the numbers only where neighbours share them. term: of bf16.
 template <class T, class C>
 APART void decode_floats(const Weight& w, i64 row, i64 k0, i64 words, [[maybe_unused]] int term,
                          float* out, i64 step) {
@@ -212,7 +212,10 @@ APART void decode_floats(const Weight& w, i64 row, i64 k0, i64 words, [[maybe_un
       C::template values<false>(s, p, v);
     if constexpr (kPer == 2) {
 #if defined(FASTLLM_DOTS)
-      for (int j = 0; term && j < kHalf / W; ++j) v[j] = rest_of(v[j], term);
+      if (__builtin_expect(term, 0)) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kHalf / W; ++j) v[j] = rest_of(v[j], term);
+      }
 #endif
       put_half((T*)(out + at / 16 * step), v);
     } else {

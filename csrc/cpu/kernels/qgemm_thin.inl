@@ -93,7 +93,8 @@ INLINE void thin_bytes(const Weight& w, i64 row, const ThinCodes& x, float* out)
   const uint8_t* p = w.codes + row * w.row;
   const IntVec flip = IntVec{} + int32_t(0x80808080);
   for (i64 i = 0; i < w.k; i += 128) {
-    const IntVec a = load_codes(p + i, w.k - i) ^ flip, b = load_codes(p + i + 64, w.k - i - 64) ^ flip;
+    const IntVec a = load_codes(p + i, w.k - i) ^ flip;
+    const IntVec b = load_codes(p + i + 64, w.k - i - 64) ^ flip;
     __builtin_prefetch((const void*)(uintptr_t(p + i) + 2048));
     __builtin_prefetch((const void*)(uintptr_t(p + i) + 2112));
 #pragma GCC unroll 4

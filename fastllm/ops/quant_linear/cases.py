@@ -68,7 +68,9 @@ def _test() -> Iterator[Case]:
         yield _case((6, 64, 20), form, FP32, bias=True, values=values, tags={"adversarial"})
     for form, dtype in itertools.product(((INT4, 32, True, FLOAT), FORMATS[0]), (FP32, BF16, FP16)):
         yield _case((3, 256, 20), form, dtype, bias=False, values="outlier", tags={"adversarial"})
-    yield _case((3, 64, 20), (INT4, 32, False, FLOAT), FP32, bias=True, values="large", tags={"quick"})
+    yield _case(
+        (3, 64, 20), (INT4, 32, False, FLOAT), FP32, bias=True, values="large", tags={"quick"}
+    )
     for mode in (FLOAT, DYNAMIC):  # a group longer than what is read at once
         yield _case((3, 1300, 20), (INT4, 1024, False, mode), BF16, bias=True, tags={"quick"})
     yield _case((2, 140000, 3), FORMATS[1], FP32, bias=False, tags={"quick"})  # past int32
