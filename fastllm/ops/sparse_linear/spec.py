@@ -46,8 +46,10 @@ def check(
     n = values.shape[0]
     if kept.dtype != torch.uint8 or tuple(kept.shape) != (n, -(-k // 8)):
         raise ValueError(f"kept: expected uint8 [{n}, {-(-k // 8)}], found {describe(kept)}")
-    if integer != (scales is not None):
-        raise ValueError(f"scales: expected with int8 values, and only there, found {scales!r}")
+    if integer and scales is None:
+        raise ValueError(f"scales: expected float32 [{n}] with int8 values, found None")
+    if scales is not None and not integer:
+        raise ValueError(f"values: expected int8 with scales, found {describe(values)}")
     exact = (torch.float32, torch.float64)
     if scales is not None and (tuple(scales.shape) != (n,) or scales.dtype not in exact):
         raise ValueError(f"scales: expected float32 [{n}], found {describe(scales)}")
