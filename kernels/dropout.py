@@ -22,7 +22,7 @@ def _dropout_kernel(
     first = tl.full([], 0, tl.int32)
     stays = kept(tl.load(seed_ptr), first, at >> 15, at & 0x7FFF, threshold)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    y = x * tl.where(stays, factor.to(tl.float32), 0.0)
+    y = x * tl.where(stays, tl.cast(factor, tl.float32), 0.0)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)

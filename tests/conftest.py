@@ -27,6 +27,7 @@ def pytest_cmdline_main(config):
     whole = config.args_source.name == "TESTPATHS" and not worker
     if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses = len(os.sched_getaffinity(0))
+        config.option.dist = "worksteal"  # a file of long tests is not one process's
 
 
 def pytest_configure(config):
