@@ -89,7 +89,8 @@ def _cpu_model(path: str = "/proc/cpuinfo") -> str:
 _KERNELS = {
     ("matmul", "cpu"): ("gemm",),
     ("activation", "cpu"): ("activation", "elementwise"),
-    ("grouped", "cpu"): (),
+    ("grouped", "cpu"): ("gemm",),
+    ("dropout", "cpu"): ("dropout", "keep"),
     ("moe", "cpu"): (),
     ("loss", "cpu"): ("loss", "distill"),
     ("quant_linear", "cpu"): ("qgemm",),
