@@ -119,20 +119,25 @@ def test_a_launch_without_a_device_is_an_error():
 # ---- the kernels, emulated
 
 
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
+def emulated(name, folder):
+    """The kernels of tests/cuda_on_cpu/NAME.cpp as a library, built in a folder."""
     include, compiler = toolkit(), shutil.which(os.environ.get("CXX", "g++"))
     if include is None or compiler is None or not CSRC.exists():
         pytest.skip("needs the CUDA toolkit's headers and a C++ compiler")
-    library = tmp_path_factory.mktemp("cuda") / "norm.so"
+    path = folder / f"{name}.so"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{CSRC}", f"-isystem{include}"]
     done = subprocess.run(
-        [compiler, *flags, str(HERE / "cuda_on_cpu/norm.cpp"), "-o", str(library)],
+        [compiler, *flags, str(HERE / f"cuda_on_cpu/{name}.cpp"), "-o", str(path)],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[:4000]
-    return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    return emulated("norm", tmp_path_factory.mktemp("cuda"))
 
 
 def address(tensor):

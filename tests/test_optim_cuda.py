@@ -2,14 +2,11 @@
 what Python does around them are those of a GPU; the tensors are on the CPU."""
 
 import ctypes
-import os
-import shutil
-import subprocess
 import types
 
 import pytest
 import torch
-from test_cuda import CSRC, HERE, toolkit
+from test_cuda import emulated
 from torch.nn import Parameter
 
 import fastllm
@@ -35,18 +32,7 @@ MAKERS = [
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    include, compiler = toolkit(), shutil.which(os.environ.get("CXX", "g++"))
-    if include is None or compiler is None or not CSRC.exists():
-        pytest.skip("needs the CUDA toolkit's headers and a C++ compiler")
-    path = tmp_path_factory.mktemp("cuda") / "optim.so"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{CSRC}", f"-isystem{include}"]
-    done = subprocess.run(
-        [compiler, *flags, str(HERE / "cuda_on_cpu/optim.cpp"), "-o", str(path)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[:4000]
-    return ctypes.CDLL(str(path))
+    return emulated("optim", tmp_path_factory.mktemp("cuda"))
 
 
 @pytest.fixture

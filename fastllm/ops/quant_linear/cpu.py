@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastllm import _C
 from fastllm.core.backend import Backend
-from fastllm.core.memory import empty
+from fastllm.core.memory import adjacent, empty
 from fastllm.ops.quant.layout import KINDS
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -28,7 +28,7 @@ def quant_linear(
     out = empty((*input.shape[:-1], n), input.dtype)
     if k == 0:
         return out.zero_() if bias is None else out.copy_(bias)
-    x = _rows(input, k)
+    x = adjacent(input if input.dim() == 2 else input.reshape(-1, k))
     bias = None if bias is None else bias.contiguous()
     weight, held = _weight(codes, scales, zeros, code, group, k)
     given = 0.0 if act_scale is None else float(act_scale)
@@ -104,12 +104,6 @@ def weight_rows(
     _C.qgemm_decode(CODES[dtype], *weight, start, rows, out.data_ptr(), torch.get_num_threads())
     del held
     return out
-
-
-def _rows(input: Tensor, k: int) -> Tensor:
-    """[M, K] whose rows are adjacent numbers."""
-    x = input if input.dim() == 2 else input.reshape(-1, k)
-    return x if x.stride(1) == 1 or k == 1 else x.contiguous()
 
 
 def _weight(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastllm import _C
 from fastllm.core.backend import Backend
-from fastllm.core.memory import empty
+from fastllm.core.memory import adjacent, empty
 from fastllm.ops.quant import cpu as quant
 from fastllm.ops.quant.layout import INT8
 from fastllm.ops.quant_linear import cpu as quantized
@@ -33,8 +33,7 @@ def sparse_linear(
     out = empty((*input.shape[:-1], n), input.dtype)
     if k == 0:
         return out.zero_() if bias is None else out.copy_(bias)
-    x = layout.rows(input)
-    x = x if x.stride(1) == 1 or k == 1 else x.contiguous()
+    x = adjacent(layout.rows(input))
     token_scales = None
     if activations == DYNAMIC:
         x, token_scales, _ = quant.quantize(x.contiguous(), INT8, 0, True)
@@ -61,18 +60,15 @@ def sparse_linear_backward(
 ) -> tuple[Tensor | None, ...]:
     """(grad_input, grad_values, grad_bias): products are torch's, with the whole weight."""
     k = input.shape[-1]
-    dy, dx, dv, db = layout.rows(grad_output), None, None, None
+    dy, dx = layout.rows(grad_output), None
     if needs[0] and scales is not None:
         unit = scales.unsqueeze(1)
         codes = expand(values, kept, k)
         dx = quantized._grad_input(dy, codes, unit, None, INT8, 0, k, input.dtype)
     elif needs[0]:
         dx = torch.mm(dy, expand(values, kept, k))
-    if needs[1] and scales is None:
-        dv = layout.pick(torch.mm(dy.t(), layout.rows(input)), kept)
-    if needs[2] and bias is not None:
-        db = dy.sum(0)
-    return None if dx is None else dx.view(input.shape), dv, db
+    dx = None if dx is None else dx.view(input.shape)
+    return dx, *layout.grad_parameters(dy, input, kept, scales, bias, needs)
 
 
 def expand(values: Tensor, kept: Tensor, k: int) -> Tensor:

@@ -50,6 +50,19 @@ def pick(dense: Tensor, kept: Tensor) -> Tensor:
     return F.pad(dense, (0, -k % 4)).gather(1, places(kept, k))
 
 
+def grad_parameters(
+    dy: Tensor,
+    input: Tensor,
+    kept: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None]:
+    """(grad_values, grad_bias) of dy [tokens, N], None where not needed; int8 values have none."""
+    dv = pick(torch.mm(dy.t(), rows(input)), kept) if needs[1] and scales is None else None
+    return dv, dy.sum(0) if needs[2] and bias is not None else None
+
+
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(values, kept) of a weight [N, K]; ValueError unless two of every four are zero."""
     if weight.dim() != 2:

@@ -59,15 +59,11 @@ def sparse_linear_backward(
 ) -> tuple[Tensor | None, ...]:
     """(grad_input, grad_values, grad_bias): products are torch's, with the whole weight."""
     k = input.shape[-1]
-    dy, dx, dv, db = layout.rows(grad_output), None, None, None
+    dy, dx = layout.rows(grad_output), None
     if needs[0]:
         w = reference.weight(values, kept, scales, k, input.dtype)
         dx = torch.mm(dy, w).view(input.shape)
-    if needs[1] and scales is None:
-        dv = layout.pick(torch.mm(dy.t(), layout.rows(input)), kept)
-    if needs[2] and bias is not None:
-        db = dy.sum(0)
-    return dx, dv, db
+    return dx, *layout.grad_parameters(dy, input, kept, scales, bias, needs)
 
 
 def supports(
