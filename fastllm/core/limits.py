@@ -1,14 +1,18 @@
 """What this machine can do at most, measured when asked: copying, reading, dense products."""
 
+import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fastllm import _C
 from fastllm.core.measure import Call, Factory, copies, interleave, rotation
 
 _BIG = 256 << 20  # bytes: past every cache
 _SIDES = {"cpu": (256, 1024, 2048), "cuda": (1024, 4096, 8192)}  # a core peaks on less than all
+_ARITHMETIC = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 0}  # of csrc/cpu/types.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -16,8 +20,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 class Limits:
     """Bytes a second of copying (read plus written) and of reading; FLOP/s by dtype.
 
-    The peaks are those of the fastest dense product that stock PyTorch has: fp32 FMA, and the dot
-    products of bf16, fp16 and int8 where the machine has them.
+    The peaks are what the fastest dense product of stock PyTorch reaches, or on a CPU what
+    multiply-adds on registers alone do, if that is more.
     """
 
     copy: float
@@ -78,6 +82,37 @@ def read_bandwidth(
     return nbytes / found.seconds("sum")
 
 
+def arithmetic(
+    dtype: torch.dtype, device: str | torch.device = "cpu", threads: int | None = None
+) -> tuple[Factory, int] | None:
+    """A candidate and the operations of a call: multiply-adds on registers alone, on all threads.
+
+    fp32 by FMA, bf16 by dot products or tiles where the machine has them; nothing can be faster.
+    None where this cannot be measured: on a GPU, and for types that are not computed so.
+    """
+    if dtype not in _ARITHMETIC or torch.device(device).type != "cpu":
+        return None
+    count = threads or torch.get_num_threads()
+    code, rounds = _spin(_ARITHMETIC[dtype], _C.isa())
+    return lambda: lambda i: _C.peak(code, rounds, count), count * _C.peak(code, rounds, 1)
+
+
+@functools.cache
+def _spin(code: int, isa: str) -> tuple[int, int]:
+    """The faster of a type's own arithmetic and fp32's at level `isa`, and rounds of 0.5 ms."""
+    found: dict[int, tuple[float, int]] = {}
+    for tried in {code, 0}:
+        rounds, seconds = 1 << 9, 0.0
+        while seconds < 4e-4:
+            rounds *= 2
+            begin = time.perf_counter()
+            operations = _C.peak(tried, rounds, 1)
+            seconds = time.perf_counter() - begin
+        found[tried] = operations / seconds, rounds
+    best = max(found, key=lambda tried: found[tried])
+    return best, found[best][1]
+
+
 def matmul_peak(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
@@ -88,8 +123,14 @@ def matmul_peak(
     """Operations a second of the fastest square product: on CPUs oneDNN's may beat the default.
 
     The fastest sample counts: a limit is what can be reached. 0 where torch has no such product.
+    On a CPU multiply-adds on registers alone may beat them all.
     """
     best = 0.0
+    bare = arithmetic(dtype, device, threads)
+    if bare is not None:
+        factory, operations = bare
+        alone = interleave({"bare": factory}, budget=budget / 4, threads=threads, min_rounds=3)
+        best = operations / min(alone.samples["bare"])
     sides = sides or _SIDES.get(torch.device(device).type, _SIDES["cpu"])
     for n in sides:
         if best and 2 * n**3 / best > 1.0:
