@@ -152,7 +152,6 @@ def test_peak_is_measured_beside_ours(quick_limits, dtype, tmp_path, monkeypatch
     run = results.read(path)
     (row,) = run["rows"]
     assert row["peak_share"] == pytest.approx(1.0, rel=0.15)  # it is the peak itself
-    assert row["limit_share"] == row["peak_share"] and row["bound"] == "compute"
     assert set(row["microseconds"]) == {"fastllm", "eager", "copy"}
     text = f"{row['peak_share']:.0%}"
     head, cells = report.row_head([]), report.row_cells(row, [])

@@ -183,3 +183,10 @@ def test_without_an_encoder_it_is_an_error():
     with pytest.raises(ValueError, match="unpad: expected an encoder"):
         fastllm.swap(model, unpad=True)
     assert [type(m) for m in model.modules()] == before
+
+
+def test_the_bench_times_what_is_right():
+    from fastllm.swap import subjects
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert subjects._wrong(dtype, "cpu") is None

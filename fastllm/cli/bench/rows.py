@@ -25,9 +25,9 @@ class Row:
     """One measured row. Ratios say how many times faster ours is: median, lower, upper quartile.
 
     `limit_share` is the least time that the bytes (at the speed of a copy beside it) or the
-    operations (at the peak measured in the run) need, over ours; `bound` says which of the two.
-    `peak_share` is that of the operations alone, where they are counted: on a CPU against
-    multiply-adds on registers, timed beside ours.
+    operations (at the fastest product's rate in the run) need, over ours; `bound` says which.
+    `peak_share` is for the operations alone: on a CPU against multiply-adds on registers, timed
+    beside ours.
     """
 
     op: str
@@ -146,13 +146,12 @@ def _limit(row: Row, limits: Limits | None, share: float | None) -> None:
     """Which limit the row runs into, and how much of it ours reaches; `share`: of the peak."""
     moving = row.speedup.get(COPY, [0.0])[0]
     peak = limits.peak(row.dtype) if limits else 0.0
-    if share is None and peak and row.flops:
-        share = row.flops / peak / (row.microseconds[OURS] / 1e6)
-    if share is not None:
-        row.peak_share = _digits(share)
-    if max(moving, share or 0.0) > 0:
-        row.bound = "compute" if (share or 0.0) > moving else "memory"
-        row.limit_share = _digits(max(moving, share or 0.0))
+    counting = row.flops / peak / (row.microseconds[OURS] / 1e6) if peak else 0.0
+    if share is not None or counting:
+        row.peak_share = _digits(counting if share is None else share)
+    if max(moving, counting) > 0:
+        row.bound = "compute" if counting > moving else "memory"
+        row.limit_share = _digits(max(moving, counting))
 
 
 def tiny_case(op: Op) -> Any:
