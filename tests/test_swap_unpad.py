@@ -39,6 +39,13 @@ def roberta():
     return transformers.RobertaForMaskedLM(transformers.RobertaConfig(**wanted))
 
 
+def esm():
+    """Turns queries and keys by their places in the sequence, inside of attention."""
+    wanted = {k: v for k, v in CAUSAL.items() if k != "num_key_value_heads"}
+    wanted |= {"pad_token_id": 1, "position_embedding_type": "rotary"}
+    return transformers.EsmModel(transformers.EsmConfig(**wanted))
+
+
 def eager_bert():
     model = build("bert")[0]
     model.config._attn_implementation = "eager"
@@ -153,9 +160,11 @@ class Neighbours(nn.Module):
 
 def spoil(model, how):
     for layer in model.bert.encoder.layer:
-        if how == "mixes":
+        if how in ("mixes", "mixes unseen"):
             layer.intermediate.dense = Neighbours(layer.intermediate.dense)
-        elif how == "batch norm":
+        if how == "mixes unseen":  # before training
+            nn.init.zeros_(layer.intermediate.dense.dense.weight)
+        if how == "batch norm":
             layer.output.dense = nn.Sequential(layer.output.dense, nn.BatchNorm1d(11))
         elif how == "differ":
             layer.intermediate.dense = Neighbours(layer.intermediate.dense)
@@ -164,7 +173,12 @@ def spoil(model, how):
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [("mixes", "another result"), ("batch norm", "more than one token"), ("differ", "differ")],
+    [
+        ("mixes", "another result"),
+        ("mixes unseen", "another result"),
+        ("batch norm", "more than one token"),
+        ("differ", "differ"),
+    ],
 )
 def test_what_is_not_proven_is_left_alone(how, words, packed):
     model = build("bert")[0].eval()
@@ -174,6 +188,16 @@ def test_what_is_not_proven_is_left_alone(how, words, packed):
         (row,) = (row for row in handle.report().rows if row.kind == unpad.KIND)
         assert words in row.reason, row.reason
         torch.testing.assert_close(run(model).logits, right, rtol=1e-4, atol=1e-5)
+    assert not packed
+
+
+def test_places_inside_of_attention_are_noticed(packed):
+    model = esm().eval()
+    right = run(model).last_hidden_state
+    with fastllm.swap(model, unpad=True) as handle:
+        (row,) = (row for row in handle.report().rows if row.kind == unpad.KIND)
+        assert row.reason
+        torch.testing.assert_close(run(model).last_hidden_state, right, rtol=1e-4, atol=1e-5)
     assert not packed
 
 

@@ -226,7 +226,10 @@ def _disagreement(module: Any, name: str, layers: nn.ModuleList) -> str:
     twin = bare(module, False)
     try:
         with isolated(torch.device("cpu")), torch.no_grad():
-            twin._modules[name] = nn.ModuleList([copy.deepcopy(layers[0]).double().eval()])
+            layer = copy.deepcopy(layers[0]).double().eval()
+            for p in layer.parameters():
+                p.normal_(std=0.3)  # zeros, as some are trained from, would hide everything
+            twin._modules[name] = nn.ModuleList([layer])
             hidden = torch.randn(4, 6, norm.normalized_shape[-1], dtype=torch.float64)
             seen = torch.arange(6) < torch.tensor([[6], [2], [1], [4]])
             seen[1] = torch.tensor([False, True, False, True, True, False])
