@@ -117,3 +117,13 @@ def test_absent_peers_have_a_reason(monkeypatch):
         assert peers.versions(device) == {}
     assert peers.installed("rms_norm", "cuda") == {}
     assert peers.installed("rms_norm", "cpu") == {}
+
+
+def test_cost_counts_what_a_mask_shows():
+    op, x = OPS["attention"], torch.zeros(2, 4, 8, 16)
+    terms = (None, None, None, 0.0, 1.0, -1, -1, 0, 0.0)
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., :3, :2] = True
+    whole = op.cost(x, x, x, None, *terms).forward_flops
+    assert op.cost(x, x, x, mask, *terms).forward_flops * 64 == whole * 6
+    assert op.cost(x, x, x, mask.float(), *terms).forward_flops == whole

@@ -315,7 +315,8 @@ struct Backward {
   }
   void write_tile(const Sequence& q, i64 g, i64 tile, const float* sums) const {
     if (tile * plan.keys >= q.s) return;
-    write_keys(a.dk, q, g, tile, sums + tile * plan.tile_sums(), plan.k_panels, c.d, float(c.scale));
+    write_keys(a.dk, q, g, tile, sums + tile * plan.tile_sums(), plan.k_panels, c.d,
+               float(c.scale));
     write_keys(a.dv, q, g, tile,
                sums + tile * plan.tile_sums() + plan.rows * C * plan.k_panels, plan.v_panels, c.dv,
                1.0f);

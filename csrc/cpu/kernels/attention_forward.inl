@@ -10,8 +10,8 @@ struct alignas(64) Running {
 // running state. The base follows the maximum only when that has risen by 8 powers of two: scaling
 // the sums so far is rarely worth a pass. keep(p, r, v) drops probabilities out.
 template <class E, class K>
-APART void fold(float* s, i64 n, [[maybe_unused]] i64 deep, float c, Running<E::kCols>& state, float* sums,
-                i64 sum_rows, bool fresh, const K& keep) {
+APART void fold(float* s, i64 n, [[maybe_unused]] i64 deep, float c, Running<E::kCols>& state,
+                float* sums, i64 sum_rows, bool fresh, const K& keep) {
   constexpr int C = E::kCols;
   constexpr int kDegree = Traits<E>::kDegree;
   const Vec factor = set1(c);

@@ -55,8 +55,8 @@ struct BackwardPlan {
   i64 room() const { return all_sums() + threads * (slot_room() + own_sums()) + 64; }
 };
 
-// The products of two right sides of `words` words, summed over these as the microkernels sum: equal
-// sums cancel exactly in dP - delta.
+// The products of two right sides of `words` words, summed over these as the microkernels sum:
+// equal sums cancel exactly in dP - delta.
 template <class E>
 APART void lane_products(const float* a, const float* b, i64 words, i64 chain, float* out) {
   constexpr int C = E::kCols;

@@ -35,7 +35,8 @@ template <class T>
 INLINE const T* keys_at(const Call& c, const Rows& rows, const Sequence& q, i64 head, i64 j, i64 n,
                         i64 width, T* copy, i64& step) {
   step = rows.row;
-  if (!c.pages) return (const T*)rows.data + q.b * rows.batch + head * rows.head + (q.k0 + j) * step;
+  if (!c.pages)
+    return (const T*)rows.data + q.b * rows.batch + head * rows.head + (q.k0 + j) * step;
   const int32_t* table = c.pages + q.b * c.pages_row;
   for (i64 i = 0; i < n; ++i) {
     const i64 at = j + i;
@@ -257,7 +258,7 @@ APART void turn_mask(const Call& c, const Panel<C>& p, i64 j0, i64 n, float* out
 
 // ---- scores
 
-// The fewer scores there are, the less their errors are averaged out; and small calls are soon done.
+// The fewer scores there are, the less their errors are averaged out; small calls are soon done.
 INLINE Care care_of(const Call& c) {
   constexpr i64 kSmall = 1 << 22;  // products
   const i64 scores = c.t * c.s;
@@ -288,7 +289,8 @@ INLINE Vec hide(Vec x, Ints first, Ints last, int32_t j) {
 template <int C>
 APART void shape(const Call& c, const Panel<C>& p, float* s, const float* bias, float* slope,
                  i64 j0, i64 n) {
-  const Vec scale = set1(float(c.scale)), cap = set1(c.softcap), inverse_cap = set1(1.0f / c.softcap);
+  const Vec scale = set1(float(c.scale)), cap = set1(c.softcap),
+            inverse_cap = set1(1.0f / c.softcap);
   for (int v = 0; v < C; v += W) {
     const Ints first = (Ints)load((const float*)p.first + v).v;
     const Ints last = (Ints)load((const float*)p.last + v).v;
@@ -323,8 +325,8 @@ APART void hide_tile(const Panel<C>& p, float* s, const float* bias, i64 j0, i64
   }
 }
 
-// Whatever this call does to the scores of a panel and a tile: n keys that exist, in `rows` rows, of
-// which the others are hidden.
+// Whatever this call does to the scores of a panel and a tile: n keys that exist, in `rows` rows,
+// of which the others are hidden.
 template <int C>
 INLINE void shape_tile(const Call& c, const Panel<C>& p, Seen sight, float* s, float* bias,
                        float* slope, i64 j0, i64 n, i64 rows) {

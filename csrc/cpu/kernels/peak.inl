@@ -1,5 +1,5 @@
-// Multiply-adds on registers alone, in chains that do not wait for one another: bf16 by dot products
-// or tiles where the level has them, everything else in fp32.
+// Multiply-adds on registers alone, in chains that do not wait for one another: bf16 by dot
+// products or tiles where the level has them, everything else in fp32.
 
 constexpr int kChains = 12;
 

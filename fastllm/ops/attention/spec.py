@@ -15,6 +15,7 @@ The op under `scaled_dot_product_attention` is normalized. Of a query i and a ke
 """
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -323,10 +324,18 @@ def visible_pairs(t: int, s: int, left: int, right: int, diagonal: int) -> int:
 
 
 def cost(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Cost:
-    """Two products of the visible pairs forward, five backward; every tensor is moved once."""
+    """Two products of the visible pairs forward, five backward; every tensor is moved once.
+
+    A bool mask's pairs are counted where it is at hand: not of fake tensors.
+    """
     b, h, t, _ = query.shape
     o = Terms(*rest)
     pairs = b * h * visible_pairs(t, key.shape[2], o.left, o.right, o.diagonal)
+    mask = o.attn_mask
+    if type(mask) is Tensor and mask.dtype == torch.bool and not mask.is_meta:
+        full = (b, h, t, key.shape[2])
+        repeats = math.prod(n for n, own in zip(full, mask.shape, strict=True) if own == 1)
+        pairs = min(pairs, int(mask.sum()) * repeats)
     return _cost(query, key, value, pairs)
 
 
