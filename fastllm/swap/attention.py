@@ -38,6 +38,35 @@ _EXTRAS = ("softcap", "position_bias", "s_aux")
 Result = tuple[Tensor, None]
 
 
+class Unsuited(Exception):
+    """A call that cannot be made on packed sequences."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Stands for the mask of a batch whose sequences lie one after the other (unpad.py).
+
+    No other attention function takes it, so none can take packed sequences for a single one.
+    """
+
+    ends: Tensor
+    longest: int
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any],
+               dropout: float, backend: str | None) -> Result:  # fmt: skip
+        """As `attend`, on [1, H, tokens, D]."""
+        extra = (*_EXTRAS, "cache", "head_mask", "output_attentions")
+        alone = query.shape[0] == 1 and query.shape[2] == key.shape[2]
+        if not alone or any(options.get(n) is not None for n in extra) or _weights_recorded():
+            raise Unsuited
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = F.attention_varlen(
+            q, k, v, self.ends, self.ends, self.longest, self.longest, dropout_p=dropout,
+            scale=options.get("scaling"), backend=backend,
+        )  # fmt: skip
+        return out.unsqueeze(0), None
+
+
 @dataclass(frozen=True)
 class Attention:
     """The recipe of an attention module.
@@ -145,7 +174,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Packing | None = None,
     **options: Any,
 ) -> Any:
     """Stock's arguments and result: (out [B, T, H, D], None); `stock` where it is the better one.
@@ -153,6 +182,11 @@ def attend(
     eager  the extras that `stock` knows, if it is an eager function: those take a mask for
            everything that is not to be seen, and module.sinks
     """
+    if isinstance(attention_mask, Packing):
+        if eager is not None and "sinks" in eager:
+            raise Unsuited
+        dropout = options.get("dropout") or 0.0 if eager is None or module.training else 0.0
+        return attention_mask.attend(query, key, value, options, dropout, backend)
     get = options.get
     softcap, bias, sinks = get("softcap"), get("position_bias"), get("s_aux")
     if eager is not None and "sinks" in eager:
