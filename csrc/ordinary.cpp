@@ -11,26 +11,61 @@ namespace {
 
 constexpr int kMaxGuards = 16;
 
+// A question that torch answers: a callable without arguments, asked through its C function where it
+// has one, since the interpreter's way around a call costs as much as the answer.
+struct Question {
+  PyObject* callable = nullptr;
+  PyCFunction function = nullptr;
+  PyObject* self = nullptr;
+
+  Question() = default;
+  explicit Question(PyObject* asked) : callable(asked) {
+    if (!PyCFunction_CheckExact(asked) || PyCFunction_GET_FLAGS(asked) != METH_NOARGS) return;
+    function = PyCFunction_GET_FUNCTION(asked);
+    self = PyCFunction_GET_SELF(asked);
+  }
+  PyObject* ask() const { return function ? function(self, nullptr) : PyObject_CallNoArgs(callable); }
+};
+
 // What bind_torch was given; empty until then. References are kept for the life of the process.
 struct Torch {
   const dlpack::ExchangeApi* api = nullptr;
   PyObject *tensor, *parameter;
   PyObject *empty_like, *pool_empty_like;
   int64_t pool_from;
-  PyObject *is_negative, *grad_enabled, *threads, *deterministic;
+  PyObject *is_negative, *requires_grad;  // a method and an attribute of tensors
+  Question grad_enabled, threads, deterministic;
   PyObject *choice, *forward_ad;
-  PyObject* guards[kMaxGuards];
+  Question guards[kMaxGuards];
   int guard_count;
-  PyObject *name, *level, *requires_grad;
+  PyObject *name, *level;
 } torch_;
 
-// A callable without arguments that says 0, False or None.
-bool says_no(PyObject* callable) {
-  PyObject* said = PyObject_CallNoArgs(callable);
+// Whether the answer is 0, False or None.
+bool says_no(const Question& question) {
+  PyObject* said = question.ask();
   if (!said) return PyErr_Clear(), false;
   const int truth = said == Py_None || said == Py_False ? 0 : PyObject_IsTrue(said);
   Py_DECREF(said);
   return truth == 0;
+}
+
+// The answer of a tensor's method without arguments; null with a Python error set.
+PyObject* ask_method(PyObject* method, PyObject* tensor) {
+  if (Py_IS_TYPE(method, &PyMethodDescr_Type)) {
+    const PyMethodDef* def = reinterpret_cast<PyMethodDescrObject*>(method)->d_method;
+    if (def->ml_flags == METH_NOARGS) return def->ml_meth(tensor, nullptr);
+  }
+  return PyObject_CallOneArg(method, tensor);
+}
+
+// A tensor's attribute; null with a Python error set.
+PyObject* ask_attribute(PyObject* descriptor, PyObject* tensor) {
+  if (Py_IS_TYPE(descriptor, &PyGetSetDescr_Type)) {
+    const PyGetSetDef* def = reinterpret_cast<PyGetSetDescrObject*>(descriptor)->d_getset;
+    if (def->get) return def->get(tensor, def->closure);
+  }
+  return PyObject_CallMethod(descriptor, "__get__", "O", tensor);
 }
 
 }  // namespace
@@ -54,7 +89,7 @@ bool is_any_tensor(PyObject* object) {
 bool is_plain(PyObject* object) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (type != torch_.tensor && type != torch_.parameter) return false;
-  PyObject* negative = PyObject_CallOneArg(torch_.is_negative, object);
+  PyObject* negative = ask_method(torch_.is_negative, object);
   if (!negative) return PyErr_Clear(), false;
   Py_DECREF(negative);
   return negative == Py_False;
@@ -65,7 +100,7 @@ bool view_of(PyObject* object, dlpack::Tensor& view) {
 }
 
 bool wants_grad(PyObject* object) {
-  PyObject* flag = PyObject_GetAttr(object, torch_.requires_grad);
+  PyObject* flag = ask_attribute(torch_.requires_grad, object);
   if (!flag) return PyErr_Clear(), false;
   Py_DECREF(flag);
   return flag == Py_True;
@@ -76,7 +111,7 @@ bool grad_enabled() { return !says_no(torch_.grad_enabled); }
 bool deterministic() { return !says_no(torch_.deterministic); }
 
 int thread_count() {
-  PyObject* said = PyObject_CallNoArgs(torch_.threads);
+  PyObject* said = torch_.threads.ask();
   const long count = said ? PyLong_AsLong(said) : 1;
   Py_XDECREF(said);
   return count > 0 ? int(count) : (PyErr_Clear(), 1);
@@ -123,7 +158,7 @@ namespace {
 
 void bind_torch(py::object tensor, py::object parameter, py::object empty_like,
                 py::object pool_empty_like, int64_t pool_from, py::object is_negative,
-                py::object grad_enabled, py::object threads, py::object deterministic,
+                py::object requires_grad, py::object grad_enabled, py::object threads, py::object deterministic,
                 py::object choice, py::dict forward_ad, py::tuple guards) {
   py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
   auto* api = static_cast<const dlpack::ExchangeApi*>(
@@ -137,16 +172,16 @@ void bind_torch(py::object tensor, py::object parameter, py::object empty_like,
   torch_.pool_empty_like = pool_empty_like.release().ptr();
   torch_.pool_from = pool_from;
   torch_.is_negative = is_negative.release().ptr();
-  torch_.grad_enabled = grad_enabled.release().ptr();
-  torch_.threads = threads.release().ptr();
-  torch_.deterministic = deterministic.release().ptr();
+  torch_.requires_grad = requires_grad.release().ptr();
+  torch_.grad_enabled = Question(grad_enabled.release().ptr());
+  torch_.threads = Question(threads.release().ptr());
+  torch_.deterministic = Question(deterministic.release().ptr());
   torch_.choice = choice.release().ptr();
   torch_.forward_ad = forward_ad.release().ptr();
   torch_.guard_count = 0;
-  for (py::handle guard : guards) torch_.guards[torch_.guard_count++] = guard.inc_ref().ptr();
+  for (py::handle guard : guards) torch_.guards[torch_.guard_count++] = Question(guard.inc_ref().ptr());
   torch_.name = PyUnicode_InternFromString("name");
   torch_.level = PyUnicode_InternFromString("_current_level");
-  torch_.requires_grad = PyUnicode_InternFromString("requires_grad");
   torch_.api = api;
 }
 

@@ -26,6 +26,7 @@ _C.bind_torch(
     memory.empty_like,
     memory.POOL_FROM,
     torch.Tensor.is_neg,
+    torch.Tensor.requires_grad,
     torch.is_grad_enabled,
     torch.get_num_threads,
     torch._C._get_deterministic_algorithms,
