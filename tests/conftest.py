@@ -84,7 +84,7 @@ def by_size(monkeypatch, _kernels):
 
     def forget():
         for op in OPS.values():
-            op.known_calls.reset()
+            op.routes.forget()
 
     for owner, name, value in _kernels:
         monkeypatch.setattr(owner, name, value)
