@@ -200,7 +200,11 @@ def attend(
     if not (
         _plain(query, key, value, mask, bias)
         and _understood(eager, options, softcap, bias, sinks)
-        and (backend or worth_attention(query, key, value, mask, causal, softcap or 0.0, sinks))
+        and (
+            backend
+            or reads_codes(query, key, mask, bias)
+            or worth_attention(query, key, value, mask, causal, softcap or 0.0, sinks)
+        )
     ):
         return stock(module, query, key, value, attention_mask, **options)
     return _attention(
@@ -214,6 +218,9 @@ def _attention(
     bias: Tensor | None, causal: bool, softcap: float | None, sinks: Tensor | None,
     backend: str | None, options: dict[str, Any], always: bool,
 ) -> Result:  # fmt: skip
+    if reads_codes(query, key, mask, bias):
+        out = _step(query, key, value, softcap, sinks, backend, options)
+        return out.transpose(1, 2).contiguous(), None
     if bias is not None:
         mask = bias if mask is None else _biased(bias, mask)
     elif mask is not None and mask.dtype != torch.bool and _hides_keys(mask):
@@ -225,6 +232,25 @@ def _attention(
         options.get("scaling"), True, softcap=softcap or 0.0, sinks=sinks, backend=backend,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
+
+
+def reads_codes(query: Tensor, key: Any, mask: Any, bias: Any) -> bool:
+    """Whether the keys are of a quantized cache, whose codes one query can read as they are."""
+    alone = query.shape[2] == 1 and mask is None and bias is None
+    return (
+        alone and hasattr(key, "stored") and not (torch.is_grad_enabled() and query.requires_grad)
+    )
+
+
+def _step(
+    query: Tensor, key: Any, value: Any, softcap: float | None, sinks: Tensor | None,
+    backend: str | None, options: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    used = torch.full((query.shape[0],), key.shape[2], dtype=torch.int32, device=query.device)
+    return F.attention_with_kv_cache(
+        query, key.stored(), value.stored(), used, scale=options.get("scaling"),
+        softcap=softcap or 0.0, sinks=sinks, backend=backend,
+    )  # fmt: skip
 
 
 def _biased(bias: Tensor, mask: Tensor) -> Tensor:
