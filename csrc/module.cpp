@@ -80,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
   fastllm::bindings::bind_attention(m);
   fastllm::bindings::bind_qgemm(m);
   fastllm::bindings::bind_sparse(m);
+  fastllm::bindings::bind_peak(m);
 
   m.def("isa", &fastllm::isa, "The level of the kernels in use.");
   m.def("isa_levels", &fastllm::isa_levels, "The levels that this machine can run, best last.");

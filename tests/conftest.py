@@ -7,6 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 # nor does one depend on what somebody measured: the tuner's own tests turn it on
 os.environ["FASTLLM_TUNE"] = "off"
+# a thread that waits leaves its core to the tests of other processes
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -63,8 +65,10 @@ def _kernels():
     from fastllm.core.op import OPS
     from fastllm.nn import worth
     from fastllm.ops.matmul import worth as products
+    from fastllm.quant import config
 
     limits = [(worth, "PASS", 0), (products, "SMALL", 0), (products, "AT_PEAK", frozenset())]
+    limits += [(config, "MIN_WEIGHTS", 0)]
     limits += [(op, "stock_first", None) for op in OPS.values()]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in limits]
     for owner, name, value in limits:

@@ -91,6 +91,30 @@ def test_plan_has_every_row_once_and_the_quick_ones_first():
     assert {x.threads for x in full} == {1, 2}
 
 
+def test_layers_of_quant_prove_themselves_against_the_dense_one():
+    from fastllm.core.subject import load
+    from fastllm.quant import layer_subjects as layers
+
+    for name in ("linear_2to4", "linear_int8_training"):
+        subject = load()[name]
+        assert subject.scenarios[0].wrong("cpu") is None
+    other = layers._wrong((8, 64, 32), torch.float32, lambda a: torch.nn.Linear(64, 32), "cpu")
+    assert "off the dense layer's" in other
+    shape = (256, 512, 512)
+    for make, directions in (
+        (layers.sparse, (layers.FORWARD,)),
+        (layers.trained, (layers.FORWARD, layers.TRAINING)),
+    ):
+        for direction in directions:
+            torch.manual_seed(0)
+            trial = layers._trial(shape, torch.float32, make, 0.5, "cpu", direction)
+            found = as_tuple(trial.ours()(0))
+            torch.manual_seed(0)
+            wanted = as_tuple(trial.stock["eager"]()(0))
+            for a, b in zip(found, wanted, strict=True):
+                assert relative_error(a, b) < 0.03
+
+
 def test_thread_counts():
     everything = torch.get_num_threads()
     assert thread_counts("cpu", None, False)[0] == everything

@@ -9,7 +9,7 @@ from quant_models import NAMES, Net, gpt2, llama, states_equal
 from torch import nn
 
 import fastllm
-from fastllm.quant import Config, QuantLinear, float_state_dict
+from fastllm.quant import Config, QuantLinear, convert_qat, float_state_dict, prepare_qat
 from fastllm.quant import quantize as quantize_tensor
 from fastllm.quant.calibrate import sqnr
 
@@ -177,6 +177,7 @@ def test_an_error_leaves_the_model_as_it_was(x):
         (lambda m: fastllm.quantize(3), TypeError, "model: expected a torch.nn.Module, found int"),
         (lambda m: fastllm.quantize(m, "int3"), ValueError, "config: expected .*int3"),
         (lambda m: fastllm.quantize(m, 8), TypeError, "config: expected a name"),
+        (lambda m: fastllm.quantize(m, min_weights=-1), ValueError, "min_weights: expected 0 or"),
         (lambda m: fastllm.quantize(m, "int8_static"), ValueError, "calibrate: expected batches"),
         (lambda m: fastllm.quantize(m, calibrate=[]), ValueError, "calibrate: the list"),
         (lambda m: Config("nf4", "int8"), ValueError, "activations: expected 'float'"),
@@ -324,7 +325,49 @@ def test_progress_is_a_line_on_a_terminal(monkeypatch):
         assert ("model.layers.0" in stream.getvalue()) == expected
 
 
-def test_the_report_says_which_layers_are_too_small_to_gain():
-    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 8192))
-    text = str(fastllm.quantize(model, progress=False).report())
-    assert "1 layers have fewer than 131072 weights" in text and "slower" in text
+# ---- layers that are faster in float
+
+
+def mixed():
+    return nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 4096))
+
+
+def test_layers_that_would_be_slower_stay_in_float(by_size):
+    model = mixed()
+    weight = model[0].weight
+    report = fastllm.quantize(model, "int4", progress=False).report()
+    assert model[0].weight is weight and type(model[0]) is nn.Linear
+    assert [row.path for row in report.quantized] == ["1"]
+    assert report.left[0].reason == "3072 weights: faster in float"
+    assert "1 layer with fewer than 131072 weights stayed in float" in str(report)
+    assert "min_weights=0" in str(report)
+    # the same layers, whatever the dtype: its state_dict fits there
+    other = mixed().bfloat16()
+    fastllm.quantize(other, "int4", progress=False)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other[1].codes, model[1].codes)
+    calibrated = mixed()
+    config = Config("int4", method="gptq")
+    report = fastllm.quantize(calibrated, config, calibrate=torch.randn(9, 64)).report()
+    assert type(calibrated[0]) is nn.Linear and len(report.quantized) == 1
+
+
+@pytest.mark.parametrize("least", [0, 3072, 3073])
+def test_the_least_weights_are_the_callers_to_choose(least, by_size):
+    wishes = ({"config": Config("int8", min_weights=least)}, {"min_weights": least})
+    for wish in wishes:
+        model = mixed()
+        report = fastllm.quantize(model, **wish).report()
+        assert len(report.quantized) == (1 if least == 3073 else 2), report
+
+
+def test_training_leaves_the_same_layers_alone(by_size):
+    for least in (None, 0):
+        trained, served = mixed(), mixed()
+        prepare_qat(trained, "int8", min_weights=least)
+        convert_qat(trained)
+        fastllm.quantize(served, "int8", min_weights=least)
+        assert [type(m) for m in trained] == [type(m) for m in served]
+        served.load_state_dict(trained.state_dict())
+        x = torch.randn(3, 64)
+        assert torch.equal(trained(x), served(x))

@@ -12,17 +12,17 @@ namespace {
 
 void qgemm(int dtype, int activations, ptr x, int64_t m, int64_t x_row, int kind, ptr codes,
            int64_t n, int64_t k, int64_t row, ptr scales, ptr zeros, int scale_type,
-           int64_t scale_row, int64_t scale_block, int64_t group, ptr bias, float act_scale, ptr out,
-           int threads) {
+           int64_t scale_row, int64_t scale_block, int64_t group, ptr bias, float act_scale,
+           ptr out, int threads) {
   qgemm::kernels().multiply({dtype, activations, at(x), m, x_row,
                              {kind, at<const uint8_t>(codes), n, k, row, at(scales), at(zeros),
                               scale_type, scale_row, scale_block, group},
                              at(bias), act_scale, at(out), threads});
 }
 
-void decode(int dtype, int kind, ptr codes, int64_t n, int64_t k, int64_t row, ptr scales, ptr zeros,
-            int scale_type, int64_t scale_row, int64_t scale_block, int64_t group, int64_t from,
-            int64_t rows, ptr out, int threads) {
+void decode(int dtype, int kind, ptr codes, int64_t n, int64_t k, int64_t row, ptr scales,
+            ptr zeros, int scale_type, int64_t scale_row, int64_t scale_block, int64_t group,
+            int64_t from, int64_t rows, ptr out, int threads) {
   qgemm::kernels().decode({{kind, at<const uint8_t>(codes), n, k, row, at(scales), at(zeros),
                             scale_type, scale_row, scale_block, group},
                            dtype, from, rows, at(out), threads});

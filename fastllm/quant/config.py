@@ -1,12 +1,16 @@
 """What `fastllm.quantize` is asked for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastllm.quant.formats import Format, parse
 from fastllm.quant.linear import ACTIVATIONS, ROUNDED
 
 METHODS = ("round", "hqq", "gptq", "awq")
 CALIBRATED = ("gptq", "awq")
+MIN_WEIGHTS = 1 << 17
+"""Where codes begin to win over float32, measured: below, a call costs as much as it saves. The
+device and the dtype do not count, so that a state_dict fits wherever the same model is quantized.
+"""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Config:
     head         the output layer of a language model, too. It is left in float otherwise, as
                  other libraries do: it is the most sensitive one, and often tied to the embedding
     act_order    "gptq" goes through the columns by the size of their inputs, the largest first
+    min_weights  layers with fewer weights stay in float, where they are faster; 0: none does.
+                 None: MIN_WEIGHTS
 
     Raises ValueError or TypeError that names the field.
     """
@@ -37,6 +43,7 @@ class Config:
     outliers: float | None = None
     head: bool = False
     act_order: bool = False
+    min_weights: int | None = None
 
     def __post_init__(self) -> None:
         form = self.format
@@ -58,6 +65,10 @@ class Config:
             raise ValueError(f"method: 'gptq' expects scales by rows or groups, found {form}")
         if self.act_order and self.method != "gptq":
             raise ValueError(f"act_order: expected with method 'gptq' only, found {self.method!r}")
+        if self.min_weights is not None and (
+            type(self.min_weights) is not int or self.min_weights < 0
+        ):
+            raise ValueError(f"min_weights: expected 0 or more, found {self.min_weights!r}")
         if self.smooth is not None and not 0 < self.smooth < 1:
             raise ValueError(f"smooth: expected a number between 0 and 1, found {self.smooth!r}")
         if self.smooth is not None and self.method == "awq":
@@ -75,6 +86,11 @@ class Config:
     def format(self) -> Format:
         """The weights' format."""
         return parse(self.weights)
+
+    @property
+    def smallest(self) -> int:
+        """The fewest weights of a layer that is quantized."""
+        return MIN_WEIGHTS if self.min_weights is None else self.min_weights
 
     @property
     def needs_data(self) -> bool:
@@ -103,8 +119,13 @@ NAMED = {
 }
 
 
-def as_config(wish: "str | Format | Config") -> Config:
-    """A name ("int8": activations, too; "int8_weight"; or a format's), a Format, or a Config."""
+def as_config(wish: "str | Format | Config", min_weights: int | None = None) -> Config:
+    """A name ("int8": activations, too; "int8_weight"; or a format's), a Format, or a Config.
+
+    min_weights: the Config's, unless None.
+    """
+    if min_weights is not None:
+        return replace(as_config(wish), min_weights=min_weights)
     if isinstance(wish, Config):
         return wish
     if isinstance(wish, str) and wish in NAMED:

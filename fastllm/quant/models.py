@@ -17,7 +17,6 @@ from fastllm.quant.report import Report, Row, nbytes
 from fastllm.quant.select import oriented
 from fastllm.quant.sparse import PARTS, SparseLinear
 
-SMALL = 1 << 17  # weights of a layer where calling costs a CPU as much as multiplying
 UNREACHED = "calibration never reached it: rounded to the nearest"
 
 
@@ -74,6 +73,7 @@ def quantize(
     exclude: Any = None,
     calibrate: Any = None,
     progress: bool = True,
+    min_weights: int | None = None,
 ) -> Handle:
     """Quantizes the linear layers of `model` in place, also GPT-2's Conv1D.
 
@@ -88,10 +88,11 @@ def quantize(
                layers' outputs on them. Layers are quantized in order, and later ones are
                calibrated behind earlier ones where their statistics do not all fit into 1 GB
     progress   a bar on stderr where that is a terminal and it takes longer
+    min_weights  layers with fewer weights are faster in float and stay there; 0 quantizes them,
+               too. None: the Config's, which is 2^17 unless it says otherwise
 
     "int8" is the fastest for float32 models; formats of weights alone are made for bfloat16, and
-    with float32 activations more than a few tokens run no faster than in floats. The report says
-    how many layers are so small that calling them costs more than it saves.
+    with float32 activations more than a few tokens run no faster than in floats.
 
     The output layer of a language model stays in float unless Config(head=True); a tied one is no
     longer tied then, and the embedding stays float. Other shared weights stay as they are. The
@@ -104,7 +105,7 @@ def quantize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
-    config = as_config(config)
+    config = as_config(config, min_weights)
     calls = None if calibrate is None else as_calls(calibrate, "calibrate")
     if config.needs_data and calls is None:
         raise ValueError(f"calibrate: expected batches for {config}, found None")
@@ -128,17 +129,13 @@ def quantize(
     handle._report = Report(rows, before, nbytes(model), str(config))
     if calls is not None:
         handle._report.measured = "outputs"
-    small = sum(_is_small(layer) for layer in plan)
+    small = sum(row.small for row in rows)
     if small:
         handle._report.notes.append(
-            f"{small} layers have fewer than {SMALL} weights: with a few tokens they are slower "
-            "than in floats; `exclude` leaves them alone"
+            f"{small} layer{'' if small == 1 else 's'} with fewer than {config.smallest} weights "
+            "stayed in float, where they are faster; min_weights=0 quantizes them"
         )
     return handle
-
-
-def _is_small(layer: Any) -> bool:
-    return layer.codes.is_cpu and layer.out_features * layer.in_features < SMALL
 
 
 def _plan(
@@ -152,6 +149,9 @@ def _plan(
         row = Row(path, select.kind_of(module).__name__, before=nbytes(module))
         rows.append(row)
         row.reason = select.why_not(module, known, config.head) or ""
+        if not row.reason:
+            row.reason = select.too_small(module, config.smallest) or ""
+            row.small = bool(row.reason)
         if not row.reason:
             row.note = select.untied(module, known)
             plan[module] = row

@@ -161,17 +161,19 @@ def prepare_qat(
     include: Any = None,
     exclude: Any = None,
     learn_ranges: bool = False,
+    min_weights: int | None = None,
 ) -> Report:
     """Makes the linear layers of `model` train as they will be served, in place.
 
-    config, include, exclude: as fastllm.quantize takes them; methods that learn from data have no
-    place here. learn_ranges: the scales of symmetric formats become parameters, too: make the
-    optimizer afterwards, and give them a small learning rate. Parameters stay the very same.
+    config, include, exclude, min_weights: as fastllm.quantize takes them, and the same layers are
+    left in float; methods that learn from data have no place here. learn_ranges: the scales of
+    symmetric formats become parameters, too: make the optimizer afterwards, and give them a small
+    learning rate. Parameters stay the very same.
 
     Then train, and call `convert_qat(model)`. Returns the report of what was prepared and what
     was left, and why. Raises TypeError or ValueError naming the argument.
     """
-    config = as_config(config)
+    config = as_config(config, min_weights)
     form = config.format
     if config.needs_data or config.method != "round":
         raise ValueError(f"config: expected one that needs no data, found {config}")
@@ -185,7 +187,7 @@ def prepare_qat(
         row = Row(path, select.kind_of(module).__name__, before=nbytes(module))
         rows.append(row)
         why = select.why_not_own(module, known, config.head, QATLinear, "already prepared")
-        row.reason = why or ""
+        row.reason = why or select.too_small(module, config.smallest) or ""
         if not row.reason:
             _prepare(module, config, learn_ranges)
             row.new, row.after = f"trained as {config}", nbytes(module)

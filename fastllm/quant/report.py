@@ -20,6 +20,7 @@ class Row:
     sqnr: float | None = None
     reason: str = ""
     note: str = ""
+    small: bool = False  # left for its size
 
     def cells(self) -> tuple[str, ...]:
         sqnr = "" if self.sqnr is None else f"{self.sqnr:.1f}"

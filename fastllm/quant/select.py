@@ -122,6 +122,12 @@ def why_not(module: Any, known: Facts, head: bool) -> str | None:
     return None
 
 
+def too_small(module: Any, least: int) -> str | None:
+    """Why a layer of fewer than `least` weights is left alone, or None."""
+    count = module.weight.numel()
+    return f"{count} weights: faster in float" if count < least else None
+
+
 def why_not_own(module: Any, known: Facts, head: bool, own: type, done: str) -> str | None:
     """The same, for what makes a Linear, and no Conv1D, an `own`: `done` says that it is one."""
     if isinstance(module, own):

@@ -19,6 +19,7 @@ from fastllm.ops.quant import quantize
 from fastllm.ops.quant.layout import INT4, INT8
 from fastllm.ops.quant_linear import quant_linear
 from fastllm.ops.quant_linear.spec import DYNAMIC, FLOAT
+from fastllm.quant import layer_subjects  # noqa: F401 (registers its own)
 
 N = K = 4096
 GROUP = 32

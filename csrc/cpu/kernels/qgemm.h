@@ -9,7 +9,7 @@ namespace fastllm::qgemm {
 enum Kind : int { kInt8, kInt4, kNf4, kFp4, kE4M3, kE5M2, kMxFp8 };
 // Scales and zeros: the types of types.h, and bytes that are exponents of two.
 enum ScaleType : int { kScaleFloat32, kScaleBFloat16, kScaleFloat16, kScaleE8M0 };
-// What becomes of the activations: kept, or rounded to int8 with one scale a token, made here or given.
+// What becomes of the activations: kept, or rounded to int8 with a scale a token, found or given.
 enum Activations : int { kFloat, kDynamic, kStatic };
 
 // [n, k]: rows of codes, two in a byte where they have four bits, the even one low.

@@ -55,9 +55,9 @@ APART float quantize_token(const T* x, i64 n, i64 padded, const float* given, in
   return finite ? scale : top - top;  // of inf and NaN: NaN
 }
 
-// Tokens [from, from + cols) as a panel [words][cols] of integer words, and their scales; `words` is
-// a multiple of 16, `flip` 128 where the dot product wants this side unsigned. Totals, unless null:
-// [stretches][cols] sums of the codes of each `deep` words.
+// Tokens [from, from + cols) as a panel [words][cols] of integer words, and their scales; `words`
+// is a multiple of 16, `flip` 128 where the dot product wants this side unsigned. Totals, unless
+// null: [stretches][cols] sums of the codes of each `deep` words.
 template <class T>
 APART void pack_codes(const Product& p, i64 from, i64 cols, i64 words, bool bytes, uint8_t flip,
                       float* out, float* scales, float* totals, i64 deep) {

@@ -288,10 +288,15 @@ APART void run_blocks(const Product& p, int threads) {
   Blocks<E, T>{p, plan, packed, scales, stretches ? totals : nullptr}.run(threads);
 }
 
+#if defined(FASTLLM_TILES)
+#include "cpu/kernels/qgemm_many.inl"
+#endif
+
 template <class T>
 void blocks(const Product& p, int threads) {
   if (p.activations != kFloat) {
 #if defined(FASTLLM_TILES)
+    if (many(p)) return run_many<T>(p, threads);
     if (!p.w.group && p.w.kind == kInt8 && p.w.k <= kLongestInt32)
       return run_blocks<ByteTiles, T>(p, threads);
 #endif

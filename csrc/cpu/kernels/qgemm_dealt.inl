@@ -85,8 +85,8 @@ APART void pack_dealt(const bf16* x, i64 row, i64 rows, i64 k, i64 words, int wi
 // ---- a few tokens
 
 // Tokens as integers: each block is digits of 7 bits, the largest first, in units of a power of
-// two. What is lost is 2^-28 of the largest of 128 numbers, for bf16 2^-21 (and nothing at all unless
-// the others are 2^12 times smaller): float32 goes this way where it is `balanced`.
+// two. What is lost is 2^-28 of the largest of 128 numbers, for bf16 2^-21 (and nothing at all
+// unless the others are 2^12 times smaller): float32 goes this way where it is `balanced`.
 template <class T>
 constexpr int digits_of() {
   return std::is_same_v<T, bf16> ? 3 : 4;
@@ -171,92 +171,76 @@ struct NibblesByFloats {
   }
 };
 
-// out [R][M] = R rows of the weight from `row` on times M tokens.
-template <int M, int R, class Dot>
+// out [M] = a row of the weight times M tokens.
+template <int M, class Dot>
 INLINE void thin_nibbles(const Weight& w, const Dot& dot, i64 row, const Dealt& x, float* out) {
   const Lanes& lanes = *x.lanes;
   const uint8_t* p = w.codes + row * w.row;
   const i64 bytes = (w.k + 1) / 2, first = scale_index(w, row, 0);
   const i64 stretches = ceil_div(x.blocks, 4);
-  Vec total[R][M], apart[R][M];
+  Vec total[M], apart[M];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
+  for (int m = 0; m < M; ++m) total[m] = apart[m] = zero();
+  for (i64 s = 0; s < stretches; ++s) {
+    const Vec scales = lanes.of(w.scales, w.scale_type, first, s);
+    if (w.zeros) {
+      const Vec worth = (set1(8.0f) - lanes.of(w.zeros, w.scale_type, first, s)) * scales;
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) total[r][m] = apart[r][m] = zero();
-  for (i64 s = 0; s < stretches; ++s)
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const i64 index = first + r * w.scale_row;
-      const Vec scales = lanes.of(w.scales, w.scale_type, index, s);
-      if (w.zeros) {
-        const Vec worth = (set1(8.0f) - lanes.of(w.zeros, w.scale_type, index, s)) * scales;
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m)
-          apart[r][m] = fma(worth, load(x.held + (m * stretches + s) * W), apart[r][m]);
-      }
-      const auto block = [&](int q, IntVec v) INLINE_LAMBDA {
-        const Vec scale = lanes.at(scales, q);
-        Vec sums[M];
-        dot.template block<M>(v, x, 4 * s + q, sums);
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) total[r][m] = fma(sums[m], scale, total[r][m]);
-      };
-      const uint8_t* codes = p + r * w.row + s * (kStretch / 2);
-      const i64 left = bytes - s * (kStretch / 2);
-      if (left >= kStretch / 2) {
-#pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q) {
-          if (R == 1) __builtin_prefetch((const void*)(uintptr_t(codes + 64 * q) + 2048));
-          block(q, load_words(codes + 64 * q));
-        }
-      } else {
-        for (int q = 0; q < 4 && 64 * q < left; ++q)
-          block(q, load_codes(codes + 64 * q, left - 64 * q));
-      }
+      for (int m = 0; m < M; ++m)
+        apart[m] = fma(worth, load(x.held + (m * stretches + s) * W), apart[m]);
     }
+    const auto block = [&](int q, IntVec v) INLINE_LAMBDA {
+      const Vec scale = lanes.at(scales, q);
+      Vec sums[M];
+      dot.template block<M>(v, x, 4 * s + q, sums);
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) total[m] = fma(sums[m], scale, total[m]);
+    };
+    const uint8_t* codes = p + s * (kStretch / 2);
+    const i64 left = bytes - s * (kStretch / 2);
+    if (left >= kStretch / 2) {
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) out[r * M + m] = hsum(total[r][m] + apart[r][m]) * x.scales[m];
+      for (int q = 0; q < 4; ++q) {
+        __builtin_prefetch((const void*)(uintptr_t(codes + 64 * q) + 2048));
+        block(q, load_words(codes + 64 * q));
+      }
+    } else {
+      for (int q = 0; q < 4 && 64 * q < left; ++q)
+        block(q, load_codes(codes + 64 * q, left - 64 * q));
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) out[m] = hsum(total[m] + apart[m]) * x.scales[m];
 }
 
 // The same of int8 with one scale a row and D digits: w + 128 is the unsigned side.
-template <int M, int R, int D>
+template <int M, int D>
 INLINE void thin_bytes_by_digits(const Weight& w, i64 row, const Dealt& x, float* out) {
   constexpr int kHalves = D == 4 ? 2 : 1;
   const IntVec flip = IntVec{} + int32_t(0x80808080);
-  Vec total[R][M];
+  Vec total[M];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
+  for (int m = 0; m < M; ++m) total[m] = zero();
+  for (i64 b = 0; b * kDealt < w.k; ++b) {
+    const uint8_t* p = w.codes + row * w.row + b * kDealt;
+    const i64 left = w.k - b * kDealt;
+    __builtin_prefetch((const void*)(uintptr_t(p) + 2048));
+    __builtin_prefetch((const void*)(uintptr_t(p) + 2112));
+    const IntVec first = load_codes(p, left) ^ flip, second = load_codes(p + 64, left - 64) ^ flip;
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) total[r][m] = zero();
-  for (i64 b = 0; b * kDealt < w.k; ++b)
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const uint8_t* p = w.codes + (row + r) * w.row + b * kDealt;
-      const i64 left = w.k - b * kDealt;
-      if (R == 1) {
-        __builtin_prefetch((const void*)(uintptr_t(p) + 2048));
-        __builtin_prefetch((const void*)(uintptr_t(p) + 2112));
-      }
-      const IntVec first = load_codes(p, left) ^ flip, second = load_codes(p + 64, left - 64) ^ flip;
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const i64 at = m * x.blocks + b;
-        IntVec sum[2] = {};
-        dot_digits<D>(first, second, (const int8_t*)x.values + at * D * kDealt, sum);
+    for (int m = 0; m < M; ++m) {
+      const i64 at = m * x.blocks + b;
+      IntVec sum[2] = {};
+      dot_digits<D>(first, second, (const int8_t*)x.values + at * D * kDealt, sum);
 #pragma GCC unroll 2
-        for (int h = 0; h < kHalves; ++h)
-          sum[h] = sum[h] - load_words(x.sums + (at * kHalves + h) * W);
-        total[r][m] = fma(joined<D>(sum), set1(x.units[at]), total[r][m]);
-      }
+      for (int h = 0; h < kHalves; ++h)
+        sum[h] = sum[h] - load_words(x.sums + (at * kHalves + h) * W);
+      total[m] = fma(joined<D>(sum), set1(x.units[at]), total[m]);
     }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    const float scale = scale_at(w.scales, w.scale_type, scale_index(w, row + r, 0));
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) out[r * M + m] = hsum(total[r][m]) * scale;
   }
+  const float scale = scale_at(w.scales, w.scale_type, scale_index(w, row, 0));
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) out[m] = hsum(total[m]) * scale;
 }
 
 // ---- tokens, dealt out

@@ -65,7 +65,7 @@ APART void micro(i64 words, const float* a, i64 stride, const float* x, const in
     }
 }
 
-// c (+)= scale * sums + shift * totals: one group; scale and shift belong to rows, totals to columns.
+// c (+)= scale * sums + shift * totals: one group; scale and shift are by row, totals by column.
 template <class Step, int V>
 APART void micro_group(i64 words, const float* a, i64 stride, const float* x, const int32_t* start,
                        const float* scale, const float* shift, const float* totals, float* c,

@@ -129,12 +129,15 @@ def compare_encoders(
 def compare_llamas(
     size: Size, model: Any, steps: int, seconds: float, device: str = "cpu"
 ) -> LlamaResult:
-    """The trained model in every format; then int4 with training, and the float model with it."""
+    """The trained model in every format; then int4 with training, and the float model with it.
+
+    All of its layers are quantized, the small ones too: this is about what is lost.
+    """
     text = held_out(size, device)
     models = {FLOAT: copy.deepcopy(model).eval()}
     for name in FORMATS:
         models[name] = copy.deepcopy(models[FLOAT])
-        quantize(models[name], name, progress=False)
+        quantize(models[name], name, progress=False, min_weights=0)
     losses = {name: loss_of(m, text) for name, m in models.items()}
     sizes = {name: nbytes(m) for name, m in models.items()}
     found = score_in_turns(models, text[: size.batch], 0.4 * seconds)
@@ -143,10 +146,10 @@ def compare_llamas(
     speedup = {name: found.speedup(name, over=FLOAT) for name in FORMATS}
     del models
     longer, student = (copy.deepcopy(model) for _ in range(2))
-    prepare_qat(student, "int4")
+    prepare_qat(student, "int4", min_weights=0)
     done = train_on(size, [longer, student], steps, 0.6 * seconds, device)
     losses[LONGER] = loss_of(longer.eval(), text)
-    quantize(longer, "int4", progress=False)
+    quantize(longer, "int4", progress=False, min_weights=0)
     losses[ROUNDED] = loss_of(longer, text)
     convert_qat(student.eval())
     losses[TRAINED] = loss_of(student, text)

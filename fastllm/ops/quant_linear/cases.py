@@ -73,6 +73,13 @@ def _test() -> Iterator[Case]:
     )
     for mode in (FLOAT, DYNAMIC):  # a group longer than what is read at once
         yield _case((3, 1300, 20), (INT4, 1024, False, mode), BF16, bias=True, tags={"quick"})
+    # many tokens, for kernels that turn the weight: of one stretch and of several
+    many = ((200, 300, 140), (300, 1100, 70))
+    for shape, form, dtype in zip(
+        many * 2, (*FORMATS[1:3], FORMATS[4], FORMATS[1]), (FP32, BF16, FP16, BF16), strict=True
+    ):
+        yield _case(shape, form, dtype, bias=dtype != FP16, tags={"quick"})
+    yield _case((200, 300, 140), FORMATS[1], FP32, bias=True, values="nan", tags={"adversarial"})
     yield _case((2, 140000, 3), FORMATS[1], FP32, bias=False, tags={"quick"})  # past int32
     yield _case((6, 140000, 3), FORMATS[1], FP32, bias=False, tags={"quick"})
 
