@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastllm
+from fastllm.core.op import OPS
 from fastllm.ops.sparse_linear import expand, pack, sparse_linear
 from fastllm.quant import SparseLinear, prune, to_dense, to_sparse
 
@@ -260,3 +261,10 @@ def test_forcing_a_backend_that_cannot_says_why():
     values, kept = pack(pruned(6, 20).double())
     with pytest.raises(fastllm.UnsupportedError, match="float64 input"):
         sparse_linear(torch.randn(2, 20).double(), values, kept, backend="cpu")
+
+
+def test_a_call_under_a_transform_leaves_nothing_behind():
+    op = OPS["sparse_linear"]
+    args = next(c for c in op.cases if "quick" in c.tags).args()
+    torch.func.vjp(lambda x: op(x, *args[1:], backend="reference"), args[0])
+    assert torch.equal(op(*args, backend="reference"), op(*args, backend="reference"))
