@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastllm
-from fastllm.ops.sparse_linear import expand, pack, sparse_linear
+from fastllm.core.op import OPS
+from fastllm.ops.sparse_linear import expand, layout, pack, sparse_linear
 from fastllm.quant import SparseLinear, prune, to_dense, to_sparse
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -260,3 +261,12 @@ def test_forcing_a_backend_that_cannot_says_why():
     values, kept = pack(pruned(6, 20).double())
     with pytest.raises(fastllm.UnsupportedError, match="float64 input"):
         sparse_linear(torch.randn(2, 20).double(), values, kept, backend="cpu")
+
+
+def test_a_call_under_a_transform_leaves_nothing_behind():
+    op = OPS["sparse_linear"]
+    args = next(c for c in op.cases if "quick" in c.tags).args()
+    torch.func.vjp(lambda x: op(x, *args[1:], backend="reference"), args[0])
+    table = layout._places(args[0].device)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(table)
+    assert table is not layout._places(args[0].device)  # whoever came first made this one

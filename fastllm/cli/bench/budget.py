@@ -6,7 +6,7 @@ from statistics import mean
 
 FIRST_COMPILE = 20.0  # seconds: it also loads the compiler and precompiles headers
 _COMPILE = 3.0  # seconds that compiling one candidate takes, until measured
-_FIXED = 0.5  # seconds to prove a row and make its inputs, until measured
+_FIXED = 1.0  # seconds to prove a row and make its inputs, until a row was not compiled
 _LEAST = 0.1  # seconds of timing below which a ratio is not worth printing
 
 

@@ -20,7 +20,7 @@ from fastllm.core.subject import Scenario, Subject, Trial
 Run = Callable[[], Any]  # one call, its arguments filled in
 
 DIRECTIONS = ("forward", "backward", "forward+backward")
-_SAMPLE = 12  # other cases that are proven before an op is timed
+_SAMPLE = 6  # other cases that are proven before an op is timed
 INTENSITY = 10  # operations that take about as long as moving a byte does
 QUICK = ("forward", "forward+backward")  # backward is about their difference
 

@@ -28,7 +28,7 @@ def _register(name: str) -> Op:
         cost=spec.cost,
         cases=cases(),
         autocast={"cuda": torch.float32},
-        stock_first=smaller(1 << 15, 1 << 18),
+        stock_first=smaller(1 << 12, 1 << 18),
     )
 
 

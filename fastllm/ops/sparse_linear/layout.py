@@ -5,7 +5,6 @@ kept   [N, ceil(K / 8)]     uint8; bit j of byte i says that element 8 i + j is 
                             bits of every four are set: what lies past K is kept with the value 0
 """
 
-import functools
 import math
 
 import torch
@@ -23,11 +22,13 @@ def count(k: int) -> int:
     return 2 * -(-k // 4)
 
 
-@functools.cache
+# which two of four elements the four bits name; the first ones where bits lack
+_NAMED = [sorted(sorted(range(4), key=lambda j: not bits >> j & 1)[:2]) for bits in range(16)]
+
+
 def _places(device: torch.device) -> Tensor:
-    """[16, 2]: which two of four elements the four bits name; the first ones where bits lack."""
-    named = [sorted(range(4), key=lambda j: not bits >> j & 1)[:2] for bits in range(16)]
-    return torch.tensor([sorted(two) for two in named], device=device)
+    """[16, 2]. Made anew: one kept from call to call could be a transform's, and gone with it."""
+    return torch.tensor(_NAMED, device=device)
 
 
 def places(kept: Tensor, k: int) -> Tensor:
