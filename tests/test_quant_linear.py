@@ -90,6 +90,8 @@ def test_errors_name_the_argument():
         quant_linear(x, codes, scales, code=INT8, group=0, activations="static")
     with pytest.raises(ValueError, match="activations"):
         quant_linear(x, codes, scales, code=INT8, group=0, activations="rounded")
+    with pytest.raises(ValueError, match=r"activation: expected one of gelu.*found 'tanh'"):
+        quant_linear(x, codes, scales, code=INT8, group=0, activation="tanh")
     with pytest.raises(ValueError, match="k: expected"):
         quant_linear(x[:, :5], codes, scales, code=INT8, group=0)
     narrow, own, _ = packed(8, 60, INT8, 20)
