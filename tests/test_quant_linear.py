@@ -139,6 +139,7 @@ def launches(tokens, code, group, integer, dtype):
         yield from record(qm.quantize_tokens, x)
         x, token_scales = meta(tokens, k, dtype=torch.int8), meta(tokens, dtype=FP32)
     named = {"table": table, "token_scales": token_scales, "dtype": dtype}
+    named["activation"] = "gelu" if integer else "silu" if two else None
     zeros = scales if code == INT4 and tokens == 64 else None
     yield from record(qm.quant_matmul, x, codes, scales, zeros, bias, code, group, k, **named)
 
