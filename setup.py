@@ -27,6 +27,7 @@ DOT_FAMILIES = (
     "loss",
     "qgemm",
     "sparse",
+    "peak",
 )  # with kernels of their own at avx512_bf16 and amx (csrc/cpu/isa.h)
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 

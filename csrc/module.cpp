@@ -8,8 +8,9 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/pool.h"
-#include "call_key.h"
 #include "fast_call.h"
+#include "head.h"
+#include "ordinary.h"
 
 namespace py = pybind11;
 
@@ -61,8 +62,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CPU kernels on raw pointers; dtype codes: 0 float32, 1 bfloat16, 2 float16.";
   fastllm::guard_fork();
   fastllm::init_isa();
+  fastllm::def_ordinary(m);
   fastllm::def_fast_calls(m);
-  fastllm::def_call_key(m);
+  fastllm::def_head(m);
   m.attr("sources") = TEXT(FASTLLM_SOURCES);  // "norm:hash,...": what the kernels were built from
 
   fastllm::bindings::bind_gemm(m);
@@ -78,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
   fastllm::bindings::bind_attention(m);
   fastllm::bindings::bind_qgemm(m);
   fastllm::bindings::bind_sparse(m);
+  fastllm::bindings::bind_peak(m);
 
   m.def("isa", &fastllm::isa, "The level of the kernels in use.");
   m.def("isa_levels", &fastllm::isa_levels, "The levels that this machine can run, best last.");

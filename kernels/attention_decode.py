@@ -4,6 +4,8 @@ whose parts are merged in order (Flash-Decoding, Dao et al. 2023).
 All query heads that read a key head are rows of one block, so that keys are read once.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,11 +15,56 @@ from fastllm.kernels.device import multiprocessors, on
 from fastllm.kernels.tiles import precision
 
 
+class Coded(NamedTuple):
+    """What codes [.., G, S, width] come with: scales and zeros [.., G, S, groups], contiguous.
+
+    kind: 0, bytes; 1, two codes of 0 to 15 a byte, the even one in the low half; 8 is the zero
+    where there are no zeros. `group` numbers share a scale.
+    """
+
+    scales: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
+    kind: int = -1
+    group: int = 1
+    width: int = 0
+
+
+@triton.jit
+def _numbers(
+    codes_ptr,
+    scales_ptr,
+    zeros_ptr,
+    at,
+    scale_at,
+    col,
+    mask,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # [BLOCK_N, BLOCK_D] numbers in fp32, of rows at `at`, whose scales are at `scale_at`
+    if KIND == 0:
+        code = tl.load(codes_ptr + at[:, None] + col[None, :], mask=mask, other=0)
+        value = code.to(tl.float32)
+    else:
+        byte = tl.load(codes_ptr + at[:, None] + (col // 2)[None, :], mask=mask, other=0)
+        value = ((byte.to(tl.int32) >> (col % 2 * 4)[None, :]) & 15).to(tl.float32)
+    place = scale_at[:, None] + (col // GROUP)[None, :]
+    if zeros_ptr is not None:
+        value -= tl.load(zeros_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    elif KIND == 1:
+        value -= 8.0
+    return value * tl.load(scales_ptr + place, mask=mask, other=0.0).to(tl.float32)
+
+
 @triton.jit
 def _decode_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scales_ptr,
+    k_zeros_ptr,
+    v_scales_ptr,
+    v_zeros_ptr,
     used_ptr,
     table_ptr,
     slopes_ptr,
@@ -42,6 +89,12 @@ def _decode_kernel(
     stride_vb,
     stride_vh,
     stride_vs,
+    stride_kbs,
+    stride_khs,
+    stride_kss,
+    stride_vbs,
+    stride_vhs,
+    stride_vss,
     stride_pb,
     stride_slopes,
     scale,
@@ -53,13 +106,18 @@ def _decode_kernel(
     SOFTCAP: tl.constexpr,
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
+    K_KIND: tl.constexpr,
+    K_GROUP: tl.constexpr,
+    V_KIND: tl.constexpr,
+    V_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
     # Program (m, s) owns BLOCK_M of the REPEAT * T rows of one key head of one sequence, and the
-    # s-th part of its keys, `share` of them. Out is [SPLITS, B, H, T, DV], lse alike.
+    # s-th part of its keys, `share` of them. Out is [SPLITS, B, H, T, DV], lse alike. Keys and
+    # values are numbers, or codes of a K_KIND and V_KIND that is not negative.
     place, split = tl.program_id(0), tl.program_id(1)
     head = place // tiles
     groups = H // REPEAT
@@ -93,18 +151,20 @@ def _decode_kernel(
         col = start + tl.arange(0, BLOCK_N)
         inside = col < end
         if table_ptr is None:
-            k_at = b * stride_kb + col.to(tl.int64) * stride_ks
-            v_at = b * stride_vb + col.to(tl.int64) * stride_vs
+            page, slot = b + tl.zeros_like(col), col.to(tl.int64)
         else:
             page = tl.load(table_ptr + b * stride_pb + col // PAGE, mask=inside, other=0)
-            slot = (col % PAGE).to(tl.int64)
-            k_at = page.to(tl.int64) * stride_kb + slot * stride_ks
-            v_at = page.to(tl.int64) * stride_vb + slot * stride_vs
-        k = tl.load(
-            k_ptr + g * stride_kh + k_at[:, None] + d[None, :],
-            mask=inside[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
+            page, slot = page.to(tl.int64), (col % PAGE).to(tl.int64)
+        k_at = page * stride_kb + g * stride_kh + slot * stride_ks
+        v_at = page * stride_vb + g * stride_vh + slot * stride_vs
+        mask = inside[:, None] & (d < D)[None, :]
+        if K_KIND < 0:
+            k = tl.load(k_ptr + k_at[:, None] + d[None, :], mask=mask, other=0.0)
+        else:
+            scale_at = page * stride_kbs + g * stride_khs + slot * stride_kss
+            k = _numbers(
+                k_ptr, k_scales_ptr, k_zeros_ptr, k_at, scale_at, d, mask, K_KIND, K_GROUP
+            ).to(q.dtype)
         s = tl.dot(q, k.T, input_precision=PRECISION) * scale
         s = adjusted(
             s, None, t[:, None], col[None, :], T, used, 0, 0, softcap, slope, diagonal, SOFTCAP,
@@ -121,11 +181,14 @@ def _decode_kernel(
         p = tl.exp(s - base[:, None])
         shrink = tl.exp(m - base)
         total = total * shrink + tl.sum(p, 1)
-        v = tl.load(
-            v_ptr + g * stride_vh + v_at[:, None] + e[None, :],
-            mask=inside[:, None] & (e < DV)[None, :],
-            other=0.0,
-        )
+        mask = inside[:, None] & (e < DV)[None, :]
+        if V_KIND < 0:
+            v = tl.load(v_ptr + v_at[:, None] + e[None, :], mask=mask, other=0.0)
+        else:
+            scale_at = page * stride_vbs + g * stride_vhs + slot * stride_vss
+            v = _numbers(
+                v_ptr, v_scales_ptr, v_zeros_ptr, v_at, scale_at, e, mask, V_KIND, V_GROUP
+            ).to(q.dtype)
         acc *= shrink[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         m = top
@@ -195,15 +258,22 @@ def decode_splits(programs, room, block, processors):
     return 1 << (min(wanted, most, 64).bit_length() - 1)
 
 
+def _strides(scales):
+    return (0, 0, 0) if scales is None else scales.stride()[:3]
+
+
 def attention_decode(
-    q, k, v, used, table, slopes, sinks, scale, left, right, softcap, *, tf32=False, splits=None
+    q, k, v, used, table, slopes, sinks, scale, left, right, softcap, *, tf32=False, splits=None,
+    coded=None,
 ):  # fmt: skip
     """(out, lse) of q [B, H, T, D] to caches [B, G, S, D] and [B, G, S, DV], or pages.
 
     used [B] int32 counts each sequence's keys; table [B, pages] int32 or None. splits: programs
     that share a sequence's keys; None: what fills the device. It decides how sums are rounded.
+    coded: (Coded of keys, Coded of values) where the caches hold codes.
     """
-    (b, h, t, d), g, dv = q.shape, k.shape[1], v.shape[3]
+    keys, values = coded or (Coded(), Coded(width=v.shape[3]))
+    (b, h, t, d), g, dv = q.shape, k.shape[1], values.width
     out = torch.empty((b, h, t, dv), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h, t), dtype=torch.float32, device=q.device)
     if not out.numel():
@@ -212,7 +282,8 @@ def attention_decode(
     room = page if table is None else page * table.shape[1]
     half = q.dtype != torch.float32
     block_m = min(64 if half else 32, max(16, triton.next_power_of_2(rows)))
-    block_n = (64 if max(d, dv) <= 128 else 32) if half else 32
+    # codes take registers: their tiles are decoded in fp32
+    block_n = 64 if half and max(d, dv) <= 128 and not coded else 32
     tiles = triton.cdiv(rows, block_m)
     if splits is None:
         splits = decode_splits(tiles * b * g, room, block_n, multiprocessors(q.device))
@@ -223,11 +294,14 @@ def attention_decode(
     slope_stride = 0 if slopes is None or slopes.dim() == 1 else slopes.stride(0)
     with on(q.device):
         _decode_kernel[(tiles * b * g, splits)](
-            q, k, v, used, table, slopes, sinks, parts, lses, t, h, h // g, d, dv, room, page,
-            tiles, share, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            q, k, v, keys.scales, keys.zeros, values.scales, values.zeros, used, table, slopes,
+            sinks, parts, lses, t, h, h // g, d, dv, room, page, tiles, share,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(keys.scales),
+            *_strides(values.scales),
             0 if table is None else table.stride(0), slope_stride, scale, softcap, left, right,
-            left >= 0, right >= 0, softcap > 0.0, splits, precision(q.dtype, tf32), block_m,
-            block_n, padded(d), padded(dv), num_warps=4, num_stages=2,
+            left >= 0, right >= 0, softcap > 0.0, splits, precision(q.dtype, tf32), keys.kind,
+            keys.group, values.kind, values.group, block_m, block_n, padded(d), padded(dv),
+            num_warps=4, num_stages=2,
         )  # fmt: skip
         if splits > 1:
             count, block_dv = lse.numel(), padded(dv)

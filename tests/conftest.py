@@ -7,6 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 # nor does one depend on what somebody measured: the tuner's own tests turn it on
 os.environ["FASTLLM_TUNE"] = "off"
+# a thread that waits leaves its core to the tests of other processes
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -82,7 +84,7 @@ def by_size(monkeypatch, _kernels):
 
     def forget():
         for op in OPS.values():
-            op.known_calls.reset()
+            op.routes.forget()
 
     for owner, name, value in _kernels:
         monkeypatch.setattr(owner, name, value)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fastllm.cli import main
-from fastllm.cli.bench import ops, results, session
+from fastllm.cli.bench import ops, page, report, results, rows, session
 from fastllm.cli.bench.budget import FIRST_COMPILE, Budget
 from fastllm.core import subject
-from fastllm.core.limits import Limits
+from fastllm.core.limits import Limits, arithmetic
 from fastllm.core.op import OPS
 from fastllm.core.proof import Proof
 from fastllm.core.subject import Scenario, Subject, Trial
@@ -33,6 +33,7 @@ def few_threads():
 def quick_limits(monkeypatch):
     made = Limits(1e10, 1e10, {"float32": 1e11}, 1)
     monkeypatch.setattr(session, "measure_limits", lambda *a: made)
+    monkeypatch.setattr(rows, "arithmetic", lambda *a: None)
 
 
 def one_error(capsys):
@@ -125,6 +126,39 @@ def test_registered_subject_gets_rows(waiting, tmp_path, capsys):
         assert row["limit_share"] == pytest.approx(least / row["microseconds"]["fastllm"], rel=0.01)
         low, high = row["quartiles"]["eager"]
         assert low <= row["microseconds"]["eager"] <= high
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_is_measured_beside_ours(quick_limits, dtype, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rows, "arithmetic", arithmetic)  # the fixture's does without
+    monkeypatch.setattr(subject, "SUBJECTS", {})
+    factory, operations = arithmetic(dtype, threads=1)
+    made = Trial(factory, {"eager": factory}, nbytes=1 << 12, flops=operations)
+    only = Scenario("bare", dtype, 100, lambda device, direction: made)
+    subject.register(Subject("bare", "waiting", [only]))
+    path = tmp_path / "run.json"
+    argv = [
+        "bench",
+        "waiting",
+        "--budget",
+        "9",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--no-compile",
+    ]
+    assert main([*argv, "--json", str(path)]) == 0
+    run = results.read(path)
+    (row,) = run["rows"]
+    assert row["peak_share"] == pytest.approx(1.0, rel=0.15)  # it is the peak itself
+    assert set(row["microseconds"]) == {"fastllm", "eager", "copy"}
+    text = f"{row['peak_share']:.0%}"
+    head, cells = report.row_head([]), report.row_cells(row, [])
+    assert cells[head.index("peak")] == text
+    assert f"| {text} |" in report.markdown(run) and f"<td>{text}</td>" in page.html(run)
+    del row["peak_share"]  # as files of before have it
+    assert results.check(run, "here")["rows"][0]["peak_share"] is None
 
 
 def test_subject_needs_a_free_name_and_scenarios(waiting):

@@ -9,7 +9,7 @@ import torch
 from fastllm import _C
 from fastllm.core.memory import empty
 from fastllm.core.op import OPS
-from fastllm.core.proof import compare, prove
+from fastllm.core.proof import compare, standard
 from fastllm.functional import gated_linear, linear, matmul
 from fastllm.ops.matmul import cpu, packed, prepack, products, unpack
 from fastllm.ops.matmul.reference import activate
@@ -55,11 +55,11 @@ def poisoned(monkeypatch):
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{n}-{c.name}" for n, c in CASES])
 def test_cases_keep_the_budget(name, case):
-    before = _C.isa()
+    before, held = _C.isa(), standard(OPS[name], case)
     try:
         for level in LEVELS:
             _C.set_isa(level)
-            proof = prove(OPS[name], case, "cpu")
+            proof = held.prove("cpu")
             assert proof.ok, f"{level}: {proof.message}"
     finally:
         _C.set_isa(before)

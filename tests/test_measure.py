@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 
+from fastllm import _C
 from fastllm.core import limits, measure
 from fastllm.core.measure import Measurement, copies, interleave, quartiles, rotation, size_of
 
@@ -194,6 +195,20 @@ def test_limits_are_plausible():
     assert 1e8 < copy < 1e13
     assert 1e8 < read < 1e13
     assert 1e8 < flops < 1e15
+
+
+@pytest.mark.parametrize("isa", _C.isa_levels())
+def test_arithmetic_counts_what_it_does(isa):
+    before = _C.isa()
+    try:
+        _C.set_isa(isa)
+        for dtype in (torch.float32, torch.bfloat16):
+            factory, operations = limits.arithmetic(dtype, threads=2)
+            assert factory()(0) == operations == 2 * limits.arithmetic(dtype, threads=1)[1] > 0
+    finally:
+        _C.set_isa(before)
+    assert limits.arithmetic(torch.int8) is None
+    assert limits.arithmetic(torch.float32, "cuda") is None
 
 
 @pytest.mark.gpu

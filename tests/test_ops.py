@@ -12,7 +12,7 @@ from torch import Tensor
 import fastllm
 from fastllm.core.backend import Backend
 from fastllm.core.op import OPS, Op, Schema
-from fastllm.core.proof import compare, prove, run, wants_grad
+from fastllm.core.proof import compare, run, standard, wants_grad
 
 
 def marks(case):
@@ -75,8 +75,9 @@ def typical(op, dtype=torch.float32):
 
 @pytest.mark.parametrize("op, case", CASES)
 def test_case_keeps_its_error_budget(op, case):
-    for name in serving(op, case.args()):
-        proof = prove(op, case, backend=name)
+    held = standard(op, case)
+    for name in serving(op, held.args):
+        proof = held.prove(name)
         assert proof.ok, f"{name}: {proof.message}"
 
 

@@ -7,7 +7,6 @@ import torch
 
 from fastllm.functional import attention_with_kv_cache
 from fastllm.quant import QuantizedKVCache, quantize
-from fastllm.quant import kv_cache as module
 
 FORMATS = ("int8", "int4_asym_g32", "fp8", "int8_g32")
 
@@ -18,9 +17,8 @@ def states(t, b=2, g=2, d=64, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FORMATS)
-def test_attention_is_that_of_the_dequantized_cache(name, dtype, monkeypatch):
-    """A prompt, then steps: over blocks of keys, as over all of them."""
-    monkeypatch.setattr(module, "BLOCK", 16)
+def test_attention_is_that_of_the_dequantized_cache(name, dtype):
+    """A prompt, then steps."""
     cache = QuantizedKVCache(name)
     keys, values = [], []
     for t in (37, 1, 1, 5, 1):
@@ -50,8 +48,7 @@ def test_quality_of_an_int8_cache():
         assert (found - exact).norm() <= most * exact.norm()
 
 
-def test_windows_sinks_and_softcap(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 16)
+def test_windows_sinks_and_softcap():
     k, v = states(50)
     cache = QuantizedKVCache("int8")
     cache.append(k, v)
@@ -68,6 +65,49 @@ def test_windows_sinks_and_softcap(monkeypatch):
         torch.testing.assert_close(cache.attend(query, **options), wanted)
 
 
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("name", ["int8", "int4_row", "int4_asym_g32", "fp8"])
+def test_a_cache_of_codes_takes_new_tokens(name, paged):
+    """What is written is what quantize makes; attention to it, that to the numbers."""
+    shape, table, page = (2, 2, 96, 64), None, 32
+    if paged:
+        shape, table = (6, 2, page, 64), torch.tensor([[5, 0, 2], [1, 4, 3]], dtype=torch.int32)
+    k_cache, v_cache = (quantize(torch.randn(shape), name) for _ in range(2))
+    plain = [x.dequantize() for x in (k_cache, v_cache)]
+    used = torch.tensor([31, 60], dtype=torch.int32)
+    k, v = states(3)
+    query = torch.randn(2, 4, 3, 64)
+    given = {"block_table": table, "k": k, "v": v}
+    found = attention_with_kv_cache(query, k_cache, v_cache, used, **given)
+    given.update({n: quantize(given[n], name).dequantize() for n in "kv"})
+    wanted = attention_with_kv_cache(query, *plain, used, **given)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
+    for x, numbers in zip((k_cache, v_cache), plain, strict=True):
+        assert torch.equal(x.dequantize(), numbers)
+
+
+def test_bad_caches_of_codes_are_named():
+    k, v = states(40)
+    query, used = torch.randn(2, 4, 1, 64), torch.tensor([40, 3], dtype=torch.int32)
+    good = quantize(k, "int8")
+
+    def refused(error, match, *caches, **options):
+        with pytest.raises(error, match=match):
+            attention_with_kv_cache(query, *caches, used, **options)
+
+    refused(TypeError, "k_cache: expected a Tensor, found QTensor", good, v)
+    refused(TypeError, "v_cache: expected a Tensor or a QTensor, found NoneType", good, None)
+    refused(ValueError, "v_cache: expected groups within a token", good, quantize(v, "int8_tensor"))
+    refused(ValueError, "k_cache: expected scales that are", quantize(k, "nf4_double"), good)
+    refused(
+        ValueError, r"k_cache: expected \[2, G, S_max, 64\]", quantize(k[..., :32], "int8"), good
+    )
+    refused(TypeError, "k: expected the cache's torch.float32", good, good, k=k.half(), v=v)
+    before = good.codes.clone()
+    refused(ValueError, "cache_seqlens: expected 0 to 39", good, good, k=k[:, :, :1], v=v[:, :, :1])
+    assert torch.equal(good.codes, before)
+
+
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="format: expected groups within a token"):
         QuantizedKVCache("int8_tensor")
@@ -78,6 +118,8 @@ def test_what_does_not_fit_is_named():
     cache.append(k, v)
     with pytest.raises(ValueError, match="states: expected"):
         cache.append(k[:, :1], v)
+    with pytest.raises(ValueError, match="k: expected keys and values for a cache that is empty"):
+        QuantizedKVCache().attend(torch.randn(2, 2, 1, 64))
     with pytest.raises(ValueError, match="v: expected with k"):
         cache.attend(torch.randn(2, 2, 1, 64), k)
     with pytest.raises(ValueError, match="start, stop: expected 0 to 3"):
@@ -117,6 +159,29 @@ def test_a_model_generates_with_it(llama):
         prompt, past_key_values=QuantizedCache("int8"), max_new_tokens=8, do_sample=False
     )
     assert out.shape == (2, 28)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["int8", "int4_asym_g32"])
+def test_attention_by_fastllm_reads_the_codes(llama, name, monkeypatch):
+    import fastllm
+    from fastllm.ops.attention import kv_cache
+    from fastllm.quant import QuantizedCache
+
+    prompt = torch.randint(0, 97, (2, 20))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    wanted = llama.generate(prompt, past_key_values=QuantizedCache(name), **options)
+    calls = []
+    real = kv_cache.attention_quantized_op
+    monkeypatch.setattr(
+        kv_cache,
+        "attention_quantized_op",
+        lambda *a, **k: calls.append(a[0].shape) or real(*a, **k),
+    )
+    with fastllm.swap(llama):
+        found = llama.generate(prompt, past_key_values=QuantizedCache(name), **options)
+    assert torch.equal(found, wanted)
+    assert len(calls) == 5 * 2  # each step but the prompt's, each layer
 
 
 @torch.no_grad()

@@ -107,6 +107,25 @@ def decode(arch, dtype):
             yield launch, ()
 
 
+def decode_codes(dtype):
+    """The same of caches of codes: bytes with a scale a row, nibbles with scales and zeros."""
+    from fastllm.kernels.aot import meta, record
+    from fastllm.kernels.attention_decode import Coded, attention_decode
+
+    q, used = meta(4, 32, 1, 128, dtype=dtype), meta(4, dtype=torch.int32)
+    room, groups = (4, 8, 4096), meta(4, 8, 4096, 4, dtype=BF16)
+    kinds = (
+        (meta(*room, 128, dtype=torch.int8), Coded(meta(*room, 1), None, 0, 128, 128)),
+        (meta(*room, 64, dtype=torch.uint8), Coded(groups, groups, 1, 32, 128)),
+    )
+    for codes, form in kinds:
+        for launch in record(
+            attention_decode, q, codes, codes, used, None, None, None, 0.1, -1, 0, 0.0,
+            coded=(form, form),
+        ):  # fmt: skip
+            yield launch, ()
+
+
 def usual(arch, exhaustive):
     """All that is compiled for a chip."""
     widths = (64, 128, 256) if exhaustive or arch == 90 else (128,)
@@ -125,6 +144,7 @@ def usual(arch, exhaustive):
         yield from both(arch, 40, BF16, packed=True)
         yield from decode(arch, FP32)
     yield from decode(arch, BF16)
+    yield from decode_codes(BF16)
 
 
 @functools.cache

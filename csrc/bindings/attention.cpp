@@ -29,6 +29,13 @@ struct Reader {
   }
 };
 
+attention::Codes read_codes(Reader& in) {
+  const int kind = int(in.next()), scale_type = int(in.next());
+  const int64_t group = in.next(), groups = in.next();
+  const Rows scales = in.rows();
+  return {kind, scale_type, group, groups, scales, in.rows()};
+}
+
 Call read_call(Reader& in, double scale, double softcap, double dropout) {
   Call c{};
   c.dtype = int(in.next());
@@ -62,6 +69,14 @@ void attention_fwd(ptr packed, double scale, double softcap, double dropout) {
   attention::kernels().forward(read_call(in, scale, softcap, dropout));
 }
 
+void attention_codes(ptr packed, double scale, double softcap) {
+  Reader in{at<const int64_t>(packed)};
+  Call c = read_call(in, scale, softcap, 0.0);
+  c.k_codes = read_codes(in);
+  c.v_codes = read_codes(in);
+  attention::kernels().forward(c);
+}
+
 void attention_bwd(ptr packed, double scale, double softcap, double dropout) {
   Reader in{at<const int64_t>(packed)};
   attention::Gradient grad{};
@@ -78,6 +93,7 @@ void attention_bwd(ptr packed, double scale, double softcap, double dropout) {
 
 void bind_attention(py::module_& m) {
   def_kernel<attention_fwd>(m, "attention_fwd", "packed, scale, softcap, dropout");
+  def_kernel<attention_codes>(m, "attention_codes", "packed, scale, softcap");
   def_kernel<attention_bwd>(m, "attention_bwd", "packed, scale, softcap, dropout");
   m.def("attention_bwd_room", [](ptr packed) {
     Reader in{at<const int64_t>(packed)};

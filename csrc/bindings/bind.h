@@ -81,5 +81,6 @@ void bind_rotary(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_qgemm(py::module_& m);
 void bind_sparse(py::module_& m);
+void bind_peak(py::module_& m);
 
 }  // namespace fastllm::bindings

@@ -18,7 +18,7 @@ from fastllm.core.backend import BACKENDS
 from fastllm.core.cases import Case
 from fastllm.core.measure import one_line, thread_count
 from fastllm.core.op import OPS, Op
-from fastllm.core.proof import Proof, prove
+from fastllm.core.proof import Proof, standard
 
 YARDSTICK = "torch"  # sets the budget: checking it against itself would prove nothing
 
@@ -53,19 +53,17 @@ def run(args: argparse.Namespace) -> int:
             f"--backend {YARDSTICK}: stock PyTorch is the yardstick, not what is checked"
         )
     console = output()
-    jobs = [job for op in ops for job in plan(op, args.backend)]
     results, absent = [], {}
-    with thread_count(args.threads), progress() as bars:
+    with thread_count(args.threads or min(2, torch.get_num_threads())), progress() as bars:
         bar = bars.add_task("check", total=None)
-        work = [(job, select(job.op.cases, args.exhaustive)) for job in jobs]
+        work = [(op, select(op.cases, args.exhaustive)) for op in ops]
         bars.update(bar, total=sum(len(cases) for _, cases in work))
-        for job, cases in work:
-            bars.update(bar, description=f"{job.op.name} on {job.label}")
-            if job.missing:
-                absent[job.label] = job.missing
-                bars.advance(bar, len(cases))
-                continue
-            results.append(check(job, cases, lambda: bars.advance(bar)))
+        for op, cases in work:
+            bars.update(bar, description=op.name)
+            jobs = list(plan(op, args.backend))
+            absent.update({job.label: job.missing for job in jobs if job.missing})
+            jobs = [job for job in jobs if not job.missing]
+            results += check(jobs, cases, lambda: bars.advance(bar))
     console.print(_table(results))
     for name, reason in absent.items():
         console.print(f"  {name}: {reason}", style="dim", markup=False)
@@ -124,30 +122,37 @@ def plan(op: Op, backend: str | None = None) -> Iterator[Job]:
             yield Job(op, name, level)
 
 
-def check(job: Job, cases: Iterable[Case], tick: Callable[[], Any] = lambda: None) -> Result:
-    """Proves the cases that the backend serves, on every device that it serves them on."""
-    result = Result(job.op.name, job.label)
-    with _isa(job.level) if job.level else nullcontext():
-        for case in cases:
-            _check_case(job, case, result)
-            tick()
-    return result
+def check(
+    jobs: Sequence[Job], cases: Iterable[Case], tick: Callable[[], Any] = lambda: None
+) -> list[Result]:
+    """Proves, for each job of one op, the cases that it serves, on every device that it serves."""
+    results = [Result(job.op.name, job.label) for job in jobs]
+    for case in cases:
+        declined = [_check_case(jobs, results, case, device) for device in devices()]
+        for result, *reasons in zip(results, *declined, strict=True):
+            if all(reasons):
+                result.declined[reasons[0]] = result.declined.get(reasons[0], 0) + 1
+        tick()
+    return results
 
 
-def _check_case(job: Job, case: Case, result: Result) -> None:
-    reasons = []
-    for device in devices():
-        reason = job.op.why_not(job.backend, case.args(device))
-        if reason is not None:
-            reasons.append(reason)
-            continue
-        try:
-            proof = prove(job.op, case, job.backend, device)
-        except Exception as error:  # a crash is a failure of this case, not the end of the check
-            proof = Proof(False, math.inf, 0.0, f"{job.op.name} {case.name}: {one_line(error)}")
-        result.add(case, proof)
-    if len(reasons) == len(devices()):
-        result.declined[reasons[0]] = result.declined.get(reasons[0], 0) + 1
+def _check_case(
+    jobs: Sequence[Job], results: Sequence[Result], case: Case, device: str
+) -> list[str | None]:
+    """Adds each job's proof to its result; why the jobs that decline the case do."""
+    args, held, declined = case.args(device), None, []
+    for job, result in zip(jobs, results, strict=True):
+        with _isa(job.level) if job.level else nullcontext():
+            declined.append(reason := job.op.why_not(job.backend, args))
+            if reason is not None:
+                continue
+            try:
+                held = held or standard(job.op, case, device)
+                proof = held.prove(job.backend)
+            except Exception as error:  # a crash fails this case, it does not end the check
+                proof = Proof(False, math.inf, 0.0, f"{job.op.name} {case.name}: {one_line(error)}")
+            result.add(case, proof)
+    return declined
 
 
 def devices() -> list[str]:

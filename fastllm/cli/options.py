@@ -92,7 +92,7 @@ def _check(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("op", nargs="*", help="ops to check (default: all)")
     sub.add_argument("--backend", metavar="NAME", help="only this backend")
     sub.add_argument("--exhaustive", action="store_true", help="the large cases, too: many minutes")
-    _threads(sub)
+    _threads(sub, "CPU threads (default: 2, for work that is split; more only wait for each other)")
 
 
 def _bench(sub: argparse.ArgumentParser) -> None:

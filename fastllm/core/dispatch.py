@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastllm.core.backend import Backend
 from fastllm.core.op import Op
+from fastllm.core.tuner import routes
 
 LIBRARY = torch.library.Library("fastllm", "DEF")
 
@@ -151,7 +152,58 @@ def _register_autograd(op: Op, name: str) -> None:
         wished = [r if needed else None for r, needed in zip(results, needs, strict=True)]
         return (*op.scatter(wished, len(wanted)), None)
 
-    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
+    library: Any = _Choosing(op)
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+
+
+class _Choosing:
+    """A library that puts a choice before the autograd kernel it is given.
+
+    A call that trains fastest on torch becomes torch's own ops, for autograd and for the compiler
+    to see; what is traced here cannot be chosen later, when forward has run already.
+    """
+
+    def __init__(self, op: Op) -> None:
+        self.op = op
+
+    def impl(self, name: str, kernel: Any, key: str, **options: Any) -> None:
+        op = self.op
+
+        def choose(keyset: Any, *args: Any) -> Any:
+            stock = _stock_training(op, args)
+            return kernel(keyset, *args) if stock is None else stock
+
+        LIBRARY.impl(name, choose, key, **options)
+
+
+def _stock_training(op: Op, args: tuple) -> Any:
+    """The results of a call that trains fastest on torch, made by torch; else None."""
+    *given, backend = map(_tuple, args)
+    resolved = tuple(given)
+    tensors = [a for a in resolved if isinstance(a, Tensor)]
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if backend is not None or not wanted:
+        return None
+    run = _trained_by(op, resolved, tensors)
+    if run is None or run.backward is not None or run.name == "reference":
+        return None
+    out = run.forward(*resolved)
+    if not op.hidden:
+        return out
+    results = out if isinstance(out, tuple) else (out,)
+    return (*results, *(results[0].new_empty(0) for _ in range(op.hidden)))
+
+
+def _trained_by(op: Op, args: tuple, tensors: list[Tensor]) -> Backend | None:
+    """What a call with gradients runs on; of traced tensors, only what a table says."""
+    found = op.routes.find(args, True)
+    if found is not None:
+        return found[0]
+    sizes = [n for t in tensors for n in t.shape] + [a for a in args if isinstance(a, torch.SymInt)]
+    device = routes.device_of(op, args)
+    if device is None or any(isinstance(n, torch.SymInt) for n in sizes):
+        return None
+    return op.named(routes.lookup(op, args, device, routes.TRAINING), args)
 
 
 def _tuple(value: Any) -> Any:

@@ -1,8 +1,4 @@
-"""Gives the compiled fast calls what they need of torch.
-
-A fast call (csrc/fast_call.cpp) is a whole eager call in C: it checks, allocates and runs. It
-answers None when the call is not an ordinary one, True when it is but wants gradients.
-"""
+"""Gives the calls in C (csrc/ordinary.h) what they need of torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +14,9 @@ from fastllm.core.backend import choice
 GUARDS: tuple[Callable[[], Any], ...] = (
     torch._C._len_torch_dispatch_stack,
     torch._C._len_torch_function_stack,
-    torch._C._functorch.peek_interpreter_stack,
+    torch._C._are_functorch_transforms_active,
     torch._C._is_any_autocast_enabled,
-    torch._C._get_tracing_state,
+    torch._C._is_tracing,
 )
 
 _C.bind_torch(
@@ -30,8 +26,10 @@ _C.bind_torch(
     memory.empty_like,
     memory.POOL_FROM,
     torch.Tensor.is_neg,
+    torch.Tensor.requires_grad,
     torch.is_grad_enabled,
     torch.get_num_threads,
+    torch._C._get_deterministic_algorithms,
     choice,
     vars(forward_ad),
     GUARDS,

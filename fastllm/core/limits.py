@@ -1,14 +1,18 @@
 """What this machine can do at most, measured when asked: copying, reading, dense products."""
 
+import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fastllm import _C
 from fastllm.core.measure import Call, Factory, copies, interleave, rotation
 
 _BIG = 256 << 20  # bytes: past every cache
 _SIDES = {"cpu": (256, 1024, 2048), "cuda": (1024, 4096, 8192)}  # a core peaks on less than all
+_ARITHMETIC = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 0}  # of csrc/cpu/types.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -76,6 +80,37 @@ def read_bandwidth(
 
     found = interleave({"sum": factory}, sets=sets, device=device, budget=budget, threads=threads)
     return nbytes / found.seconds("sum")
+
+
+def arithmetic(
+    dtype: torch.dtype, device: str | torch.device = "cpu", threads: int | None = None
+) -> tuple[Factory, int] | None:
+    """A candidate and the operations of a call: multiply-adds on registers alone, on all threads.
+
+    fp32 by FMA, bf16 by dot products or tiles where the machine has them; nothing can be faster.
+    None where this cannot be measured: on a GPU, and for types that are not computed so.
+    """
+    if dtype not in _ARITHMETIC or torch.device(device).type != "cpu":
+        return None
+    count = threads or torch.get_num_threads()
+    code, rounds = _spin(_ARITHMETIC[dtype], _C.isa())
+    return lambda: lambda i: _C.peak(code, rounds, count), count * _C.peak(code, rounds, 1)
+
+
+@functools.cache
+def _spin(code: int, isa: str) -> tuple[int, int]:
+    """The faster of a type's own arithmetic and fp32's at level `isa`, and rounds of 0.5 ms."""
+    found: dict[int, tuple[float, int]] = {}
+    for tried in {code, 0}:
+        rounds, seconds = 1 << 9, 0.0
+        while seconds < 4e-4:
+            rounds *= 2
+            begin = time.perf_counter()
+            operations = _C.peak(tried, rounds, 1)
+            seconds = time.perf_counter() - begin
+        found[tried] = operations / seconds, rounds
+    best = max(found, key=lambda tried: found[tried])
+    return best, found[best][1]
 
 
 def matmul_peak(

@@ -1,9 +1,9 @@
 """An op: one definition, several backends, one way to call it.
 
-A plain eager call takes a short path: pick a backend, run it, wrap it in an autograd.Function when
-a gradient is needed. torch.compile, tensor subclasses, dispatch modes and autocast go through the
-dispatcher op `torch.ops.fastllm.<name>` (dispatch.py); functorch transforms and forward-mode AD get
-plain torch code that they can transform.
+A plain eager call takes a short path, in C once it has been seen (csrc/head.cpp): pick a backend,
+run it, wrap it in an autograd.Function when a gradient is needed. torch.compile, tensor subclasses,
+dispatch modes and autocast go through the dispatcher op `torch.ops.fastllm.<name>` (dispatch.py);
+functorch transforms and forward-mode AD get plain torch code that they can transform.
 """
 
 import operator
@@ -18,6 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from fastllm._C import Head
 from fastllm.core.backend import BACKENDS, Backend, check_name, choice
 from fastllm.core.cases import Case, Cost
 from fastllm.core.errors import UnsupportedError
@@ -29,6 +30,7 @@ OPS: dict[str, "Op"] = {}
 _PLAIN = frozenset((Tensor, Parameter))
 _TRACED = (FakeTensor, FunctionalTensor)
 _modes, _function_modes, _transforms, _autocast, _tracing = GUARDS
+_dynamo = torch.compiler.is_dynamo_compiling
 _grad_enabled = torch.is_grad_enabled
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -104,13 +106,9 @@ class Op:
         self.backends = {name: found[name] for name in BACKENDS if name in found}
         self.results = max(self.gradients.values()) + 1 if self.gradients else 0
         self._runnable: list[Backend] | None = None
-        self.fastest = next((b for b in found.values() if b.fast is not None), None)
-        self.fast = None if self.fastest is None else self.fastest.fast
         self.with_grad = _differentiable(self)
         self.packet: Any = None
-        self.routes: Routes | None = None  # None: fast calls only, no table speaks of this op
-        self.known_calls = Routes(self)
-        self.known_calls.reset()
+        self.routes: Head = Routes(self)
         if self.name in OPS:
             raise ValueError(f"name: an op {self.name!r} is registered already")
         OPS[self.name] = self
@@ -119,21 +117,18 @@ class Op:
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Runs the op on resolved arguments; `backend` forces one."""
-        if torch.compiler.is_compiling():
+        if _dynamo():
             return self.dispatch(args, backend)
         if backend is None:
-            if self.routes is not None:
-                found = self.routes.find(args)
-                if found is not None:
-                    if self.check_values:
-                        self.check(*args)
-                    return self.run(*found, args)
-            elif self.fast is not None:
-                out = self.fast(*args)
-                if out is True:
-                    return self.with_grad(self.fastest, *args)
-                if out is not None:
-                    return out
+            out = self.routes(*args)
+            if out is not NotImplemented:
+                return out
+        return self.general(args, backend)
+
+    def general(self, args: tuple, backend: str | None) -> Any:
+        """Any call, step by step: what is not ordinary, wrong, or forced."""
+        if torch.compiler.is_compiling():
+            return self.dispatch(args, backend)
         grad = False
         for i in self.tensors:
             tensor = args[i]
@@ -149,7 +144,7 @@ class Op:
             grad = grad or tensor.requires_grad
         if _modes() or _function_modes() or _tracing() or _autocast():
             return self.dispatch(args, backend)
-        if _transforms() is not None or forward_ad._current_level >= 0:
+        if _transforms() or forward_ad._current_level >= 0:
             return self.composite(args, backend)
         self.check(*args)
         training = grad and _grad_enabled()
@@ -167,6 +162,27 @@ class Op:
         if self.mutates:
             self.bump(args)
         return self.visible(out) if self.hidden else out
+
+    def prepared(self, run: Backend, training: bool) -> tuple[Callable[..., Any], Any, Any]:
+        """run() for calls like one that was found right: (call, its first argument, otherwise).
+
+        None stands for no such argument, and for no other call to make where `call` answers None.
+        """
+
+        def general(*args: Any) -> Any:
+            if self.check_values:
+                self.check(*args)
+            return self.run(run, training, args)
+
+        if self.check_values:
+            return general, None, None
+        if run.backward is None:
+            return run.forward, None, None
+        if training:
+            return self.with_grad, run, None
+        if self.mutates or self.hidden:
+            return general, None, None
+        return (run.forward, None, None) if run.fast is None else (run.fast, None, run.forward)
 
     def dispatch(self, args: tuple, backend: str | None) -> Any:
         """The call through torch's dispatcher: compile, subclasses, modes and autocast see it."""
@@ -218,7 +234,7 @@ class Op:
         composite could only have come with its own.
         """
         run = self.forced(args, backend)
-        if run is None and self.routes is not None:
+        if run is None:
             found = self.routes.find(args, training)
             run = None if found is None else found[0]
             if run is not None and run.backward is None and (training or self.hidden):
@@ -371,8 +387,8 @@ def _picker(places: tuple[int, ...]) -> Callable[[tuple], tuple]:
 
 def _ordinary() -> bool:
     """Whether nothing watches or transforms this call."""
-    special = _modes() or _function_modes() or _tracing() or _autocast()
-    return not special and _transforms() is None and forward_ad._current_level < 0
+    special = _modes() or _function_modes() or _tracing() or _autocast() or _transforms()
+    return not special and forward_ad._current_level < 0
 
 
 def describe(value: Any) -> str:

@@ -49,6 +49,52 @@ def compare(name: str, value: Tensor, stock: Tensor, exact: Tensor) -> Proof:
     return Proof(ok, worst, budget, message)
 
 
+@dataclass(frozen=True)
+class Standard:
+    """What the results of one case are held against: stock PyTorch's, and float64's.
+
+    One standard serves every backend and instruction set level.
+    """
+
+    op: Op
+    name: str
+    args: tuple
+    seed: int
+    backward: bool
+    stock: "Run"
+    exact: "Run"
+
+    def prove(self, backend: str | None = None) -> Proof:
+        """Runs the case on `backend`, compares outputs and gradients, returns the worst of them."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + 1)
+            value = run(self.op, self.args, backend, self.backward, self.stock.upstream)
+        triples = zip(
+            value.names, value.tensors, self.stock.tensors, self.exact.tensors, strict=True
+        )
+        proofs = [compare(name, *triple) for name, *triple in triples]
+        failed = [p for p in proofs if not p.ok]
+        worst = max(failed or proofs, key=lambda p: p.error / p.budget if p.budget else p.error)
+        note = "; ".join(p.message for p in failed) or worst.message
+        return Proof(not failed, worst.error, worst.budget, f"{self.op.name} {self.name}: {note}")
+
+
+def standard(
+    op: Op,
+    case: Case,
+    device: str | torch.device = "cpu",
+    backward: bool = True,
+    seed: int = 0,
+) -> Standard:
+    """The results of stock PyTorch and of the reference in float64 for `case`."""
+    args = case.args(device, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        stock = run(op, args, "torch", backward)
+        exact = run(op, _double(args), "reference", backward, _double(stock.upstream))
+    return Standard(op, case.name, args, seed, backward, stock, exact)
+
+
 def prove(
     op: Op,
     case: Case,
@@ -57,24 +103,8 @@ def prove(
     backward: bool = True,
     seed: int = 0,
 ) -> Proof:
-    """Runs `case` on `backend`, compares outputs and gradients, returns the worst of them."""
-    args = case.args(device, seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
-        value = run(op, args, backend, backward)
-        upstream = value.upstream
-        stock = run(op, args, "torch", backward, upstream)
-        exact = run(op, _double(args), "reference", backward, _double(upstream))
-    proofs = [
-        compare(name, *triple)
-        for name, *triple in zip(
-            value.names, value.tensors, stock.tensors, exact.tensors, strict=True
-        )
-    ]
-    failed = [p for p in proofs if not p.ok]
-    worst = max(failed or proofs, key=lambda p: p.error / p.budget if p.budget else p.error)
-    note = "; ".join(p.message for p in failed) or worst.message
-    return Proof(not failed, worst.error, worst.budget, f"{op.name} {case.name}: {note}")
+    """Runs `case` on `backend` and compares it with its standard."""
+    return standard(op, case, device, backward, seed).prove(backend)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def worth_attention(
     args = (query, key, value, attn_mask, None, sinks, None, 0.0, 1.0, -1, right, 0, softcap)
     if training is None:
         training = torch.is_grad_enabled() and query.requires_grad
-    found = op.routes.find(args, training) if op.routes is not None else None
+    found = op.routes.find(args, training)
     run = found[0] if found else op.forced(args, None) or op.default(args, training)
     return run.name != "torch"
 

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from fastllm.core.op import describe
-from fastllm.functional import attention_with_kv_cache, merge_attention
+from fastllm.functional import attention_with_kv_cache
 from fastllm.ops import quant as ops
+from fastllm.ops.attention.quantized import Codes
 from fastllm.quant.formats import Format, parse
-
-BLOCK = 1024
-"""Keys that attention dequantizes at once."""
 
 
 class QuantizedStates:
@@ -56,6 +54,14 @@ class QuantizedStates:
         form = self.format
         none = zeros[0] if zeros else scales.new_empty(0)
         return ops.dequantize(codes, scales, none, form.code, form.group, self.size, dtype)
+
+    def stored(self) -> Codes:
+        """The codes as `attention_with_kv_cache` takes them, with the room behind them."""
+        codes, scales, *zeros = self.parts
+        return Codes(
+            codes, scales, zeros[0] if zeros else None, self.format.code, self.format.group,
+            self.size,
+        )  # fmt: skip
 
     def truncate(self, length: int) -> None:
         """Forgets all tokens from this one on."""
@@ -145,33 +151,18 @@ class QuantizedKVCache:
     ) -> Tensor:
         """Appends k and v, if given, and attends to the whole cache: [B, H, T, Dv]. No gradient.
 
-        The arguments are those of `fastllm.functional.attention_with_kv_cache`, which runs here.
-        One query reads the cache in blocks of 1024 keys, each dequantized just before, so that no
-        more than that is ever there in full; several queries (a prompt) have all of it dequantized.
+        The arguments are those of `fastllm.functional.attention_with_kv_cache`, which runs here: a
+        few queries read int8 and int4 codes as they are, a prompt has all of them dequantized.
         """
         if (k is None) != (v is None):
             raise ValueError("v: expected with k, or neither of them")
         if k is not None and v is not None:
             self.append(k, v)
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "backend": backend}
-        if query.shape[2] == 1 and window is None and len(self):
-            return self._in_blocks(query, sinks, options)
-        options.update(is_causal=is_causal, window=window, sinks=sinks)
-        return self._part(query, 0, len(self), options)
-
-    def _part(self, query: Tensor, start: int, stop: int, options: dict[str, Any]) -> Any:
-        keys = self.keys.read(start, stop, query.dtype)
-        values = self.values.read(start, stop, query.dtype)
-        used = torch.full((query.shape[0],), stop - start, dtype=torch.int32, device=query.device)
-        return attention_with_kv_cache(query, keys, values, used, **options)
-
-    def _in_blocks(self, query: Tensor, sinks: Tensor | None, options: dict[str, Any]) -> Tensor:
-        starts = range(0, len(self), BLOCK)
-        found = []
-        for start in starts:
-            own = {**options, "sinks": sinks if start == 0 else None, "return_lse": True}
-            found.append(self._part(query, start, min(len(self), start + BLOCK), own))
-        if len(found) == 1:
-            return found[0][0]
-        outs, lses = zip(*found, strict=True)
-        return merge_attention(outs, lses)[0]
+        if not len(self):
+            raise ValueError("k: expected keys and values for a cache that is empty, found None")
+        keys, values = self.keys.stored(), self.values.stored()
+        used = torch.full((query.shape[0],), len(self), dtype=torch.int32, device=query.device)
+        return attention_with_kv_cache(
+            query, keys, values, used, is_causal=is_causal, scale=scale, window=window,
+            softcap=softcap, sinks=sinks, backend=backend,
+        )  # fmt: skip

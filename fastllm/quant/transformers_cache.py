@@ -4,10 +4,46 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache, DynamicLayer
 
+from fastllm.ops.attention.quantized import Codes
 from fastllm.quant.formats import Format, parse
-from fastllm.quant.kv_cache import QuantizedKVCache
+from fastllm.quant.kv_cache import QuantizedKVCache, QuantizedStates
+
+
+class CachedStates(Tensor):
+    """Looks like all keys, or values, of a layer; anything computed with it dequantizes them.
+
+    Attention by fastllm asks for the codes instead: `stored()`.
+    """
+
+    states: QuantizedStates
+
+    @staticmethod
+    def __new__(cls, states: QuantizedStates, like: Tensor) -> "CachedStates":
+        shape = (*like.shape[:2], states.length, states.size)
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        made.states = states
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"CachedStates({list(self.shape)}, {self.dtype}, {self.states.format})"
+
+    def stored(self) -> Codes:
+        """The codes, and the room behind them."""
+        return self.states.stored()
+
+    def dense(self) -> Tensor:
+        """The numbers."""
+        return self.states.read(0, self.shape[2], self.dtype)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        dense = tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return func(*dense[0], **dense[1])
 
 
 class QuantizedLayer(DynamicLayer):
@@ -29,6 +65,11 @@ class QuantizedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.cache.append(key_states, value_states)
+        if key_states.shape[2] == 1 and not torch.compiler.is_compiling():
+            return (
+                CachedStates(self.cache.keys, key_states),
+                CachedStates(self.cache.values, value_states),
+            )
         return self.cache.keys.read(dtype=self.dtype), self.cache.values.read(dtype=self.dtype)
 
     def get_seq_length(self) -> int:
@@ -82,7 +123,9 @@ class QuantizedCache(Cache):
     keys, values   a format each (a name or a Format) whose groups lie within a token and head:
                    "int8", "int4_asym_g32", "fp8", ...
 
-    A model asks for all keys and values at each step: they are dequantized for one layer at a time.
+    Where attention goes through fastllm (attn_implementation="fastllm", or after `fastllm.swap`),
+    a step without a mask reads the codes as they are (`attention_with_kv_cache`); elsewhere a model
+    asks for all keys and values, which are dequantized for one layer at a time.
     Every token is as its codes say from the first step on, so that the result does not depend on
     how a prompt is cut into chunks.
     """

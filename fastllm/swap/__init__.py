@@ -18,6 +18,7 @@ blocks.py    what is fused in a module together with its children:
              rotary.py   the rotation of queries and keys
 fused_loss.py  the loss of a causal LM behind labels=, with lazy.py's logits
 verify.py    the proof on the user's own input
+unpad.py     unpad=True: encoder layers without padding
 tuning.py    fastllm.tune: what a model really calls, measured
 winners.py   tune=True: replaced modules timed in place, only winners kept
 handle.py    the order of it all, and the way back
@@ -47,9 +48,10 @@ class _Callable(types.ModuleType):
         example_inputs: Any = None,
         tune: bool = False,
         fused_loss: bool = False,
+        unpad: bool = False,
     ) -> Handle:
         return swap_model(
-            model, include, exclude, verify, backend, example_inputs, tune, fused_loss
+            model, include, exclude, verify, backend, example_inputs, tune, fused_loss, unpad
         )
 
 

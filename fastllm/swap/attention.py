@@ -38,6 +38,35 @@ _EXTRAS = ("softcap", "position_bias", "s_aux")
 Result = tuple[Tensor, None]
 
 
+class Unsuited(Exception):
+    """A call that cannot be made on packed sequences."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Stands for the mask of a batch whose sequences lie one after the other (unpad.py).
+
+    No other attention function takes it, so none can take packed sequences for a single one.
+    """
+
+    ends: Tensor
+    longest: int
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any],
+               dropout: float, backend: str | None) -> Result:  # fmt: skip
+        """As `attend`, on [1, H, tokens, D]."""
+        extra = (*_EXTRAS, "cache", "head_mask", "output_attentions")
+        alone = query.shape[0] == 1 and query.shape[2] == key.shape[2]
+        if not alone or any(options.get(n) is not None for n in extra) or _weights_recorded():
+            raise Unsuited
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = F.attention_varlen(
+            q, k, v, self.ends, self.ends, self.longest, self.longest, dropout_p=dropout,
+            scale=options.get("scaling"), backend=backend,
+        )  # fmt: skip
+        return out.unsqueeze(0), None
+
+
 @dataclass(frozen=True)
 class Attention:
     """The recipe of an attention module.
@@ -145,7 +174,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Packing | None = None,
     **options: Any,
 ) -> Any:
     """Stock's arguments and result: (out [B, T, H, D], None); `stock` where it is the better one.
@@ -153,6 +182,11 @@ def attend(
     eager  the extras that `stock` knows, if it is an eager function: those take a mask for
            everything that is not to be seen, and module.sinks
     """
+    if isinstance(attention_mask, Packing):
+        if eager is not None and "sinks" in eager:
+            raise Unsuited
+        dropout = options.get("dropout") or 0.0 if eager is None or module.training else 0.0
+        return attention_mask.attend(query, key, value, options, dropout, backend)
     get = options.get
     softcap, bias, sinks = get("softcap"), get("position_bias"), get("s_aux")
     if eager is not None and "sinks" in eager:
@@ -166,7 +200,11 @@ def attend(
     if not (
         _plain(query, key, value, mask, bias)
         and _understood(eager, options, softcap, bias, sinks)
-        and (backend or worth_attention(query, key, value, mask, causal, softcap or 0.0, sinks))
+        and (
+            backend
+            or reads_codes(query, key, mask, bias)
+            or worth_attention(query, key, value, mask, causal, softcap or 0.0, sinks)
+        )
     ):
         return stock(module, query, key, value, attention_mask, **options)
     return _attention(
@@ -180,6 +218,9 @@ def _attention(
     bias: Tensor | None, causal: bool, softcap: float | None, sinks: Tensor | None,
     backend: str | None, options: dict[str, Any], always: bool,
 ) -> Result:  # fmt: skip
+    if reads_codes(query, key, mask, bias):
+        out = _step(query, key, value, softcap, sinks, backend, options)
+        return out.transpose(1, 2).contiguous(), None
     if bias is not None:
         mask = bias if mask is None else _biased(bias, mask)
     elif mask is not None and mask.dtype != torch.bool and _hides_keys(mask):
@@ -191,6 +232,25 @@ def _attention(
         options.get("scaling"), True, softcap=softcap or 0.0, sinks=sinks, backend=backend,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
+
+
+def reads_codes(query: Tensor, key: Any, mask: Any, bias: Any) -> bool:
+    """Whether the keys are of a quantized cache, whose codes one query can read as they are."""
+    alone = query.shape[2] == 1 and mask is None and bias is None
+    return (
+        alone and hasattr(key, "stored") and not (torch.is_grad_enabled() and query.requires_grad)
+    )
+
+
+def _step(
+    query: Tensor, key: Any, value: Any, softcap: float | None, sinks: Tensor | None,
+    backend: str | None, options: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    used = torch.full((query.shape[0],), key.shape[2], dtype=torch.int32, device=query.device)
+    return F.attention_with_kv_cache(
+        query, key.stored(), value.stored(), used, scale=options.get("scaling"),
+        softcap=softcap or 0.0, sinks=sinks, backend=backend,
+    )  # fmt: skip
 
 
 def _biased(bias: Tensor, mask: Tensor) -> Tensor:

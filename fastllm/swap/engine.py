@@ -12,6 +12,7 @@ from fastllm.core.select import Paths, chosen, paths_of
 from fastllm.core.tuner import table
 from fastllm.swap import classes, rules, tuning, winners
 from fastllm.swap import fused_loss as losses
+from fastllm.swap import unpad as padding
 from fastllm.swap.attention import Attention
 from fastllm.swap.blocks import Finder
 from fastllm.swap.experts import Experts
@@ -33,6 +34,7 @@ def swap_model(
     example_inputs: Any = None,
     tune: bool = False,
     fused_loss: bool = False,
+    unpad: bool = False,
 ) -> Handle:
     """Puts fastllm's modules into `model`, in place, in this instance only.
 
@@ -52,6 +54,11 @@ def swap_model(
     fused_loss  a Hugging Face causal LM given labels= computes its loss from the hidden states and
              never holds its logits; `logits` are computed when they are looked at, which has to be
              before the optimizer's step. Everything else of the model's forward is its own
+
+    unpad    layers of Hugging Face encoders (BERT and its like, on a CPU) skip padding wherever
+             that is proven to be safe: the same at every real token, and zeros, not what torch
+             makes of them, in the hidden states of padding. It is proven by itself; `verify` and
+             `tune` are done before it
 
     Returns a Handle: report(), restore(), a context manager. Swapping again does nothing. If
     anything is raised on the way, the model is as it was. Raises TypeError or ValueError naming
@@ -82,6 +89,7 @@ def swap_model(
         if proof is not None:
             proof.after(handle, rows, blocks)
         ratio, notes = _tuned(handle, rows, example_inputs) if tune else (None, [])
+        rows += padding.unpad(handle, paths, allowed - barred) if unpad else []
     except BaseException:
         handle.restore()
         raise

@@ -13,6 +13,7 @@ BLOCKS = (
     "rotary embedding",
     "attention function",
     "loss",
+    "padding",
 )
 
 

@@ -12,6 +12,16 @@ struct Rows {
   int64_t batch, head, row;
 };
 
+// Keys or values of a cache as codes, whose rows have strides in bytes. scales, and zeros or null
+// (those of nibbles are 8): rows of `groups` numbers of a DType, each for `group` neighbours, which
+// are a multiple of 32 where there are several.
+enum CodeKind : int { kPlain = -1, kByteCodes, kNibbleCodes };
+struct Codes {
+  int kind = kPlain, scale_type;
+  int64_t group, groups;
+  Rows scales, zeros;
+};
+
 enum MaskType : int { kMaskNone = -1, kMaskBool = 3 };  // else a DType: added to the scores
 
 // Query i of head h sees key j iff -left <= j - (i + diagonal) <= right, where -1 is no limit.
@@ -24,6 +34,7 @@ struct Call {
   const int32_t* lengths;              // [b]: keys in use, or null: s of them
   const int32_t* pages;                // [b][pages_row]: k and v are [page][head][row] blocks
   int64_t pages_row, page;             // page: rows of a block
+  Codes k_codes, v_codes;              // of few queries only
   int mask_type;
   const void* mask;
   int64_t mask_b, mask_h, mask_row, mask_col;

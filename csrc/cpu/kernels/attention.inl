@@ -13,6 +13,8 @@
 
 #include "cpu/kernels/attention_pipeline.inl"
 
+#include "cpu/kernels/attention_decode_steps.inl"
+
 #include "cpu/kernels/attention_decode.inl"
 
 #include "cpu/kernels/attention_gradients.inl"
@@ -35,7 +37,7 @@ INLINE void with_engine(int dtype, const F& call) {
 
 void forward(const Call& c) {
   if (c.b == 0 || c.h == 0 || c.t == 0) return;
-  if (decodes(c)) return run_decode(c);
+  if (decodes(c)) return Decode(c).run();
   with_engine(c.dtype, [&](auto engine) { run_forward<decltype(engine)>(c); });
 }
 

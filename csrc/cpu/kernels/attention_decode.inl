@@ -1,125 +1,91 @@
 // Few queries against many keys: keys and values are read where they lie, once for all queries of
 // their head, by tasks that each have a stretch of them; what these found is merged in order.
 
-constexpr i64 kFewQueries = 16, kStretch = 512, kGlance = 64;  // rows; keys of a task, of a step
-constexpr int kTogether = W == 16 ? 4 : 2;  // queries that the registers hold at a time
+constexpr i64 kFewQueries = 16, kStretch = 512;  // rows; keys of a task
 
-template <class T>
+// Keys or values as they are read: how, and where.
+struct Stored {
+  Reader read;
+  const Rows& rows;
+  const Codes& codes;
+  i64 width, padded, room;  // numbers of a row, also in whole blocks; floats of a step's scales
+  Stored(const Rows& rows_, const Codes& codes_, i64 width_, int dtype)
+      : read(reader(codes_, dtype)), rows(rows_), codes(codes_), width(width_) {
+    padded = ceil_div(width, read.parts * W) * read.parts * W;
+    room = codes.kind == kPlain ? 0 : ceil_div(kGlance * codes.groups, W) * W;
+  }
+  i64 bytes(i64 numbers) const { return ceil_div(numbers * read.bits, 8); }
+  i64 step() const { return read.parts == 2 ? rows.row : bytes(rows.row); }
+};
+
 struct Decode {
   const Call& c;
+  const Stored k, v;
   const i64 group, rows, stretches, width, room;  // rows: queries of a key head
   explicit Decode(const Call& call)
       : c(call),
+        k(call.k, call.k_codes, call.d, call.dtype),
+        v(call.v, call.v_codes, call.dv, call.dtype),
         group(c.h / c.g),
         rows(group * c.t),
         stretches(most(1, ceil_div(c.s, kStretch))),
-        width(ceil_div(c.dv, W) * W),
+        width(v.padded),
         room(rows * (width + 2)) {}
 
-  // What a task needs: queries, scores of a step, and what it found: [rows] bases, sums, outputs.
-  i64 slot_room() const { return rows * (ceil_div(c.d, W) * W + kGlance); }
+  // What a task needs: queries, scores of a step, its scales and zeros; and what it found: [rows]
+  // bases, sums, outputs.
+  i64 slot_room() const { return rows * (k.padded + kGlance) + 2 * (k.room + v.room); }
 
+  template <class T>
   const T* key_at(const Rows& from, const Sequence& q, i64 g, i64 j) const {
     if (!c.pages) return row_at<T>(from, q.as_keys(), g, j);
     const int32_t* table = c.pages + q.b * c.pages_row;
     return (const T*)from.data + table[j / c.page] * from.batch + g * from.head +
            j % c.page * from.row;
   }
-
-  // Asks for rows of what is read next: they lie pages apart, where the hardware does not look.
-  INLINE_MEMBER static void ask(const T* rows, i64 step, i64 width, int count) {
-    constexpr i64 kLine = 64 / i64(sizeof(T));
-    for (int i = 0; i < count; ++i)
-      for (i64 at = 0; at < width; at += kLine) __builtin_prefetch(rows + i * step + at, 0, 2);
+  const char* bytes_at(const Stored& from, const Sequence& q, i64 g, i64 j) const {
+    const i64 size = from.codes.kind == kPlain ? from.read.bits / 8 : 1;
+    Rows in_bytes = from.rows;
+    for (i64* stride : {&in_bytes.batch, &in_bytes.head, &in_bytes.row}) *stride *= size;
+    return key_at<char>(in_bytes, q, g, j);
   }
 
-  // Products of four keys, or of one, with some queries.
-  template <int Keys, int Queries>
-  INLINE_MEMBER static void products(const T* k, i64 step, const float* q, i64 q_step, i64 d,
-                                     float* out) {
-    Vec sum[Queries][4];
-#pragma GCC unroll 4
-    for (int i = 0; i < Queries; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sum[i][j] = zero();
-    const auto add = [&](auto lanes, i64 at) INLINE_LAMBDA {
-      Vec key[Keys];
-#pragma GCC unroll 4
-      for (int j = 0; j < Keys; ++j) key[j] = get(k + j * step + at, lanes);
-#pragma GCC unroll 4
-      for (int i = 0; i < Queries; ++i) {
-        const Vec query = load(q + i * q_step + at);
-#pragma GCC unroll 4
-        for (int j = 0; j < Keys; ++j) sum[i][j] = fma(key[j], query, sum[i][j]);
+  // Scales, or zeros, of n rows in fp32, [n][groups].
+  void widen(const Stored& of, const Rows& from, const Sequence& q, i64 g, i64 j0, i64 n,
+             float* out) const {
+    with_type(of.codes.scale_type, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      const T* p = key_at<T>(from, q, g, j0);
+      const i64 groups = of.codes.groups, lines = from.row == groups ? 1 : n;
+      const i64 count = lines == 1 ? n * groups : groups;
+      for (i64 r = 0; r < lines; ++r, p += from.row, out += groups)
+        for (i64 i = 0; i < count; i += W)
+          if (count - i >= W)
+            store(out + i, load(p + i));
+          else
+            store(out + i, load(p + i, int(count - i)), int(count - i));
+    });
+  }
+  // A step's rows of keys or values, with their scales at `scales`.
+  Step step_of(const Stored& of, const Sequence& q, i64 g, i64 j0, i64 n, float* scales) const {
+    Step s{};
+    s.rows = rows, s.n = n, s.width = of.width, s.padded = of.padded;
+    s.from = bytes_at(of, q, g, j0), s.stride = of.step();
+    if (of.codes.kind == kPlain) return s;
+    s.group = of.codes.group, s.groups = of.codes.groups;
+    s.scales = scales, s.zeros = scales + of.room;
+    widen(of, of.codes.scales, q, g, j0, n, scales);
+    if (of.codes.zeros.data) widen(of, of.codes.zeros, q, g, j0, n, scales + of.room);
+    return s;
+  }
+  // One scale for each row of codes: the rows' weights are multiplied with it instead.
+  void scale_weights(const Stored& of, const Step& s) const {
+    if (of.codes.kind == kPlain || of.read.grouped) return;
+    for (i64 i = 0; i < rows; ++i)
+      for (i64 r = 0; r < s.n; r += W) {
+        float* at = s.weights + i * kGlance + r;
+        store(at, load(at) * load(s.scales + r));
       }
-    };
-    i64 at = 0;
-    for (; at + W <= d; at += W) add(All{}, at);
-    if (at < d) add(First{int(d - at)}, at);
-#pragma GCC unroll 4
-    for (int i = 0; i < Queries; ++i) {
-      float four[4];
-      hsum4(sum[i], four);
-      for (int j = 0; j < Keys; ++j) out[i * kGlance + j] = four[j];
-    }
-  }
-  // Scores of n keys; next: the values of these keys, or null.
-  template <int Queries>
-  void scores(const T* k, i64 n, const float* q, i64 q_step, float* out,
-                           const T* next) const {
-    const i64 step = c.k.row;
-    i64 j = 0;
-    for (; j + 4 <= n; j += 4) {
-      if (next) ask(next + j * c.v.row, c.v.row, c.dv, 4);
-      products<4, Queries>(k + j * step, step, q, q_step, c.d, out + j);
-    }
-    for (; j < n; ++j) products<1, Queries>(k + j * step, step, q, q_step, c.d, out + j);
-  }
-
-  // out [Queries][width] += weights [Queries][kGlance] times n rows of values.
-  template <int Queries, int Vectors, class L>
-  INLINE_MEMBER void mix_part(const T* v, i64 n, const float* weights, float* out, L lanes,
-                              const T* next) const {
-    const i64 step = c.v.row;
-    Vec sum[Queries][Vectors];
-#pragma GCC unroll 4
-    for (int i = 0; i < Queries; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) sum[i][j] = load(out + i * width + j * W);
-    for (i64 r = 0; r < n; ++r) {
-      if (next) ask(next + r * c.k.row, c.k.row, c.d, 1);
-      Vec value[Vectors];
-#pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) value[j] = get(v + r * step + j * W, lanes);
-#pragma GCC unroll 4
-      for (int i = 0; i < Queries; ++i) {
-        const Vec w = set1(weights[i * kGlance + r]);
-#pragma GCC unroll 4
-        for (int j = 0; j < Vectors; ++j) sum[i][j] = fma(w, value[j], sum[i][j]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < Queries; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) store(out + i * width + j * W, sum[i][j]);
-  }
-  // next: the keys after these, or null.
-  template <int Queries>
-  void mix(const T* v, i64 n, const float* weights, float* out, const T* next) const {
-    i64 at = 0;
-    for (; at + 4 * W <= c.dv; at += 4 * W, next = nullptr)
-      mix_part<Queries, 4>(v + at, n, weights, out + at, All{}, next);
-    for (; at + W <= c.dv; at += W, next = nullptr)
-      mix_part<Queries, 1>(v + at, n, weights, out + at, All{}, next);
-    if (at < c.dv) mix_part<Queries, 1>(v + at, n, weights, out + at, First{int(c.dv - at)}, next);
-  }
-
-  // f(first, std::integral_constant) for the rows, some at a time.
-  template <class F>
-  INLINE_MEMBER void in_parts(const F& f) const {
-    i64 i = 0;
-    for (; i + kTogether <= rows; i += kTogether) f(i, std::integral_constant<int, kTogether>{});
-    for (; i < rows; ++i) f(i, std::integral_constant<int, 1>{});
   }
 
   i64 head_of(i64 g, i64 row) const { return g * group + row / c.t; }
@@ -179,19 +145,33 @@ struct Decode {
     sum += hsum(total);
   }
 
+  // Row `i` of the queries as the keys' parts are read.
+  void lay_query(const Sequence& q, i64 g, i64 i, float* out) const {
+    with_type(c.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      const T* from = row_at<T>(c.q, q, head_of(g, i), place_of(i));
+      for (i64 at = 0; at < k.padded; at += k.read.parts * W) {
+        float all[2 * W] = {};
+        for (i64 d = at; d < least(c.d, at + k.read.parts * W); d += W)
+          store(all + d - at, c.d - d >= W ? load(from + d) : load(from + d, int(c.d - d)));
+        for (int l = 0; l < k.read.parts * W; ++l)
+          out[at + l % k.read.parts * W + l / k.read.parts] = all[l];
+      }
+    });
+  }
+
   // found: bases [rows], sums [rows], outputs [rows][width].
   void run_stretch(i64 b, i64 g, i64 stretch, float* slot, float* found) const {
     const Sequence q(c, b);
-    const i64 q_step = ceil_div(c.d, W) * W;
-    float *queries = slot, *weights = slot + rows * q_step;
+    float *queries = slot, *weights = slot + rows * k.padded;
+    float *k_scales = weights + rows * kGlance, *v_scales = k_scales + 2 * k.room;
     float *bases = found, *sums = found + rows, *out = found + 2 * rows;
+    for (i64 i = 0; i < k.room; ++i) k_scales[k.room + i] = 8.0f;
+    for (i64 i = 0; i < v.room; ++i) v_scales[v.room + i] = 8.0f;
     for (i64 i = 0; i < rows; ++i) {
       bases[i] = -kInf;
       sums[i] = 0.0f;
-      const T* from = row_at<T>(c.q, q, head_of(g, i), place_of(i));
-      for (i64 d = 0; d < c.d; d += W)
-        store(queries + i * q_step + d,
-              c.d - d >= W ? load(from + d) : load(from + d, int(c.d - d)));
+      lay_query(q, g, i, queries + i * k.padded);
     }
     for (i64 i = 0; i < rows * width; i += W) store(out + i, zero());
     // the raw products are exponents where nothing else is done to them
@@ -206,12 +186,14 @@ struct Decode {
       n = least(kGlance, end - j0);
       if (c.pages) n = least(n, c.page - j0 % c.page);
       const bool raw = plain && j0 + n <= whole;
-      const T *k = key_at(c.k, q, g, j0), *v = key_at(c.v, q, g, j0);
-      const T* next = j0 + 2 * n <= end ? key_at(c.k, q, g, j0 + n) : nullptr;
-      in_parts([&](i64 i, auto count) {
-        scores<decltype(count)::value>(k, n, queries + i * q_step, q_step, weights + i * kGlance,
-                                       i == 0 ? v : nullptr);
-      });
+      Step keys = step_of(k, q, g, j0, n, k_scales), values = step_of(v, q, g, j0, n, v_scales);
+      keys.weights = values.weights = weights;
+      keys.numbers = queries, values.numbers = out;
+      keys.next = values.from, keys.next_stride = values.stride, keys.next_bytes = v.bytes(c.dv);
+      values.next = j0 + 2 * n <= end ? bytes_at(k, q, g, j0 + n) : nullptr;
+      values.next_stride = keys.stride, values.next_bytes = k.bytes(c.d);
+      k.read.score(keys);
+      scale_weights(k, keys);
       const double factor = raw ? c.scale * 1.4426950408889634 : 1.4426950408889634;
       for (i64 i = 0; i < rows; ++i) {
         float* s = weights + i * kGlance;
@@ -221,10 +203,8 @@ struct Decode {
           shape_row(q, g, i, j0, n, s);
         fold_row(s, n, float(factor), bases[i], sums[i], out + i * width);
       }
-      in_parts([&](i64 i, auto count) {
-        mix<decltype(count)::value>(v, n, weights + i * kGlance, out + i * width,
-                                    i == 0 ? next : nullptr);
-      });
+      scale_weights(v, values);
+      v.read.mix(values);
     }
   }
 
@@ -245,8 +225,7 @@ struct Decode {
       if (from > -kInf) sum += double(found[s * room + rows + row]) * __builtin_exp2f(from - base);
     }
     const float whole = sum == 0.0 ? 0.0f : float(1.0 / sum);
-    T* to = row_at<T>(c.out, q, h, i);
-    for (i64 d = 0; d < c.dv; d += W) {
+    const auto numbers = [&](i64 d) INLINE_LAMBDA {
       Vec out = zero();
       for (i64 s = 0; s < stretches; ++s) {
         const float from = found[s * room + row];
@@ -254,12 +233,22 @@ struct Decode {
         const float* part = found + s * room + 2 * rows + row * width;
         out = fma(load(part + d), set1(__builtin_exp2f(from - base)), out);
       }
-      out = out * set1(whole);
-      if (c.dv - d >= W)
-        store(to + d, out);
-      else
-        store(to + d, out, int(c.dv - d));
-    }
+      return out * set1(whole);
+    };
+    with_type(c.dtype, [&](auto* type) {
+      auto* to = row_at<std::remove_pointer_t<decltype(type)>>(c.out, q, h, i);
+      for (i64 at = 0; at < width; at += v.read.parts * W) {
+        float lanes[2 * W], all[2 * W];
+        for (int p = 0; p < v.read.parts; ++p) store(lanes + p * W, numbers(at + p * W));
+        for (int l = 0; l < v.read.parts * W; ++l)
+          all[l] = lanes[l % v.read.parts * W + l / v.read.parts];
+        for (i64 d = at; d < least(c.dv, at + v.read.parts * W); d += W)
+          if (c.dv - d >= W)
+            store(to + d, load(all + d - at));
+          else
+            store(to + d, load(all + d - at), int(c.dv - d));
+      }
+    });
     if (c.lse.data)
       *row_at<float>(c.lse, q, h, i) =
           sum == 0.0 ? -kInf : float((double(base) + __builtin_log2(sum)) * 0.6931471805599453);
@@ -268,7 +257,7 @@ struct Decode {
   void run() const {
     const i64 pairs = c.b * c.g, items = pairs * stretches;
     const i64 slot = ceil_div(slot_room(), 16) * 16;
-    const i64 bytes = items * least(kStretch, most(1, c.s)) * (c.d + c.dv) * i64(sizeof(T));
+    const i64 bytes = items * least(kStretch, most(1, c.s)) * (k.bytes(c.d) + v.bytes(c.dv));
     const int threads = int(most(1, least(items, useful_threads(bytes, c.threads))));
     const Scratch scratch(threads * slot + items * room);
     float* found = scratch.data() + threads * slot;
@@ -288,10 +277,4 @@ struct Decode {
 // Is this a call for it: few queries of equal number, and enough keys to be worth the cut?
 INLINE bool decodes(const Call& c) {
   return c.h / c.g * c.t <= kFewQueries && !c.q_starts && !(c.dropout > 0);
-}
-
-INLINE void run_decode(const Call& c) {
-  if (c.dtype == kFloat32) Decode<float>(c).run();
-  if (c.dtype == kBFloat16) Decode<bf16>(c).run();
-  if (c.dtype == kFloat16) Decode<f16>(c).run();
 }

@@ -68,7 +68,72 @@ APART void softmax_row_backward(const T* dy, const T* y, T* dx, i64 n) {
   });
 }
 
-// A vector of neighbouring columns, n steps of `inner` elements down.
+// As many neighbouring columns as there is room to keep, n steps of `inner` elements down: memory is
+// read once, in pieces of rows; a column alone would evict its own lines wherever inner is a power
+// of two.
+constexpr i64 kWide = 256;
+
+// How many; 0: a vector of them is too much already.
+INLINE i64 columns_kept(i64 n, i64 inner, i64 tensors) {
+  return n == 0 ? 0 : least(inner, least(kWide, kKept / tensors / n / W * W));
+}
+
+template <bool Log, class T>
+APART void softmax_columns(const T* x, T* y, i64 n, i64 inner, i64 width) {
+  constexpr bool Short = !Log && sizeof(T) == 2;
+  float kept[kKept], top[kWide], sum[kWide];
+  sweep(width, [&](auto lanes, i64 c, int) INLINE_LAMBDA {
+    put<false>(top + c, set1(-kInf), lanes);
+    put<false>(sum + c, zero(), lanes);
+  });
+  for (i64 i = 0; i < n; ++i)
+    sweep(width, [&](auto lanes, i64 c, int) INLINE_LAMBDA {
+      const Vec v = get(x + i * inner + c, lanes);
+      put<false>(kept + i * width + c, v, lanes);
+      put<false>(top + c, larger(get(top + c, lanes), v), lanes);
+    });
+  sweep(width, [&](auto lanes, i64 c, int) INLINE_LAMBDA {
+    const Vec t = get(top + c, lanes);
+    put<false>(top + c, choose((Ints)(t.v == set1(-kInf).v), zero(), t), lanes);
+  });
+  for (i64 i = 0; i < n; ++i)
+    sweep(width, [&](auto lanes, i64 c, int) INLINE_LAMBDA {
+      const Vec v = get(kept + i * width + c, lanes) - get(top + c, lanes), e = exp_down<Short>(v);
+      put<false>(kept + i * width + c, Log ? v : e, lanes);
+      put<false>(sum + c, get(sum + c, lanes) + e, lanes);
+    });
+  if (Log)
+    for (i64 c = 0; c < width; ++c) sum[c] = __builtin_logf(sum[c]);
+  else
+    sweep(width, [&](auto lanes, i64 c, int) INLINE_LAMBDA {
+      put<false>(sum + c, div(set1(1.0f), get(sum + c, lanes)), lanes);
+    });
+  for (i64 i = 0; i < n; ++i)
+    sweep(width, [&](auto lanes, i64 c, int) INLINE_LAMBDA {
+      const Vec v = get(kept + i * width + c, lanes), s = get(sum + c, lanes);
+      put<false>(y + i * inner + c, Log ? v - s : v * s, lanes);
+    });
+}
+
+template <bool Log, class T>
+APART void softmax_columns_backward(const T* dy, const T* y, T* dx, i64 n, i64 inner, i64 width) {
+  float kept_dy[kKept / 2], kept_y[kKept / 2], sum[kWide];
+  sweep(width, [&](auto lanes, i64 c, int) INLINE_LAMBDA { put<false>(sum + c, zero(), lanes); });
+  for (i64 i = 0; i < n; ++i)
+    sweep(width, [&](auto lanes, i64 c, int) INLINE_LAMBDA {
+      const Vec d = get(dy + i * inner + c, lanes), v = get(y + i * inner + c, lanes);
+      put<false>(kept_dy + i * width + c, d, lanes);
+      put<false>(kept_y + i * width + c, v, lanes);
+      put<false>(sum + c, get(sum + c, lanes) + softmax_term<Log, T>(d, v), lanes);
+    });
+  for (i64 i = 0; i < n; ++i)
+    sweep(width, [&](auto lanes, i64 c, int) INLINE_LAMBDA {
+      const Vec d = get(kept_dy + i * width + c, lanes), v = get(kept_y + i * width + c, lanes);
+      put<false>(dx + i * inner + c, softmax_gradient<Log, T>(d, v, get(sum + c, lanes)), lanes);
+    });
+}
+
+// The same of columns too long to keep: one vector of them, read again.
 template <bool Log, class T, class L>
 INLINE void softmax_column(const T* x, T* y, i64 n, i64 inner, L lanes) {
   constexpr bool Short = !Log && sizeof(T) == 2;
@@ -98,22 +163,27 @@ INLINE void softmax_column_backward(const T* dy, const T* y, T* dx, i64 n, i64 i
                lanes);
 }
 
-// Calls row(at) or, where others lie behind, column(lanes, at), for all of [outer, n, inner].
-template <class R, class C>
-INLINE void softmax_deal(i64 outer, i64 n, i64 inner, i64 bytes, int threads, bool fence,
-                         const R& row, const C& column) {
+// Calls row(at), columns(at, how many) or, where `kept` is 0, column(lanes, at), for all of
+// [outer, n, inner].
+template <class R, class C, class V>
+INLINE void softmax_deal(i64 outer, i64 n, i64 inner, i64 kept, i64 bytes, int threads, bool fence,
+                         const R& row, const C& columns, const V& column) {
   threads = useful_threads(bytes, threads);
-  const i64 strips = inner == 1 ? 1 : ceil_div(inner, W), count = outer * strips;
+  const i64 width = inner == 1 ? 1 : kept ? kept : W;
+  const i64 strips = ceil_div(inner, width), count = outer * strips;
   const i64 step = share(count, bytes, threads);
   parallel_for(ceil_div(count, step), threads, [&](i64 task) {
     for (i64 i = task * step; i < least(count, (task + 1) * step); ++i) {
-      const i64 from = i % strips * W, at = i / strips * n * inner + from;
+      const i64 from = i % strips * width, at = i / strips * n * inner + from;
+      const i64 wide = least(width, inner - from);
       if (inner == 1)
         row(at);
-      else if (inner - from >= W)
+      else if (kept)
+        columns(at, wide);
+      else if (wide == W)
         column(All{}, at);
       else
-        column(First{int(inner - from)}, at);
+        column(First{int(wide)}, at);
     }
     if (fence) stream_fence();
   });
@@ -134,11 +204,12 @@ void softmax_fwd(const Forward& a) {
     with_log(a.log, [&](auto log) {
       constexpr bool Log = decltype(log)::value;
       softmax_deal(
-          a.outer, a.n, a.inner, bytes, a.threads, stream,
+          a.outer, a.n, a.inner, columns_kept(a.n, a.inner, 1), bytes, a.threads, stream,
           [&](i64 at) {
             stream ? softmax_row<Log, true>(x + at, y + at, a.n)
                    : softmax_row<Log, false>(x + at, y + at, a.n);
           },
+          [&](i64 at, i64 wide) { softmax_columns<Log>(x + at, y + at, a.n, a.inner, wide); },
           [&](auto lanes, i64 at) { softmax_column<Log>(x + at, y + at, a.n, a.inner, lanes); });
     });
   });
@@ -154,10 +225,13 @@ void softmax_bwd(const Backward& a) {
     with_log(a.log, [&](auto log) {
       constexpr bool Log = decltype(log)::value;
       softmax_deal(
-          a.outer, a.n, a.inner, 2 * bytes, a.threads, stream,
+          a.outer, a.n, a.inner, columns_kept(a.n, a.inner, 2), 2 * bytes, a.threads, stream,
           [&](i64 at) {
             stream ? softmax_row_backward<Log, true>(dy + at, y + at, dx + at, a.n)
                    : softmax_row_backward<Log, false>(dy + at, y + at, dx + at, a.n);
+          },
+          [&](i64 at, i64 wide) {
+            softmax_columns_backward<Log>(dy + at, y + at, dx + at, a.n, a.inner, wide);
           },
           [&](auto lanes, i64 at) {
             softmax_column_backward<Log>(dy + at, y + at, dx + at, a.n, a.inner, lanes);

@@ -16,14 +16,15 @@ LEGEND = (
     "vs: how many times faster ours is, the median over interleaved rounds, with the quartiles "
     "where they are more than 5% apart. limit: the time that a plain copy of as many bytes into an "
     "existing tensor takes, or as many operations at the fastest rate of the run (marked c), over "
-    "ours. warm: too small to be rotated past the cache. "
+    "ours. peak: the share of the machine's arithmetic peak, measured beside ours on a CPU. warm: "
+    "too small to be rotated past the cache. "
     f"**loses to**: that is faster than ours by more than {TIE:.0%}."
 )
 
 
 def row_head(peers: list[str]) -> list[str]:
     """What `row_cells` holds."""
-    return [*HEAD, *(f"vs {p}" for p in peers), "limit", ""]
+    return [*HEAD, *(f"vs {p}" for p in peers), "limit", "peak", ""]
 
 
 def terminal(op: str, rows: Iterable[dict[str, Any]]) -> Table:
@@ -202,6 +203,7 @@ def _cells(row: dict[str, Any], peers: list[str]) -> list[str]:
         ratio(row, COMPILED),
         *(ratio(row, p) for p in peers),
         share(row),
+        "-" if row["peak_share"] is None else f"{row['peak_share']:.0%}",
     ]
 
 

@@ -51,6 +51,7 @@ _ROW = {
     "speedup": dict,
     "bound": (str, type(None)),
     "limit_share": (float, int, type(None)),
+    "peak_share": (float, int, type(None)),
     "absent": dict,
     "wrong": (str, type(None)),
     "losses": list,
@@ -135,6 +136,8 @@ def check(run: Any, where: str) -> dict[str, Any]:
         raise CliError(f"{where}: expected a result file of schema {SCHEMA}")
     _check_fields(run, _TOP, where)
     for number, row in enumerate(run["rows"]):
+        if isinstance(row, dict):
+            row.setdefault("peak_share", None)  # older files have none
         _check_fields(row, _ROW, f"{where}: rows[{number}]")
     return run
 

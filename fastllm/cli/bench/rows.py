@@ -8,12 +8,13 @@ import torch
 
 from fastllm.cli.bench.ops import Inputs, bound, cost, stock
 from fastllm.cli.bench.plan import Item
-from fastllm.core.limits import Limits, copying
+from fastllm.core.limits import Limits, arithmetic, copying
 from fastllm.core.measure import Measurement, interleave, one_line, quartiles
 from fastllm.core.op import Op
 from fastllm.core.subject import Trial
 
 OURS, EAGER, COMPILED, COPY = "fastllm", "eager", "compiled", "copy"
+_BARE = "bare arithmetic"
 TIE = 0.03  # closer to 1 than this, a ratio is called even
 _COPIED = 256 << 20  # bytes: a copy of more than this runs at the same speed
 _TINY = 1 << 10  # bytes moved: a case to read a call's overhead from
@@ -24,7 +25,9 @@ class Row:
     """One measured row. Ratios say how many times faster ours is: median, lower, upper quartile.
 
     `limit_share` is the least time that the bytes (at the speed of a copy beside it) or the
-    operations (at the peak measured in the run) need, over ours; `bound` says which of the two.
+    operations (at the fastest product's rate in the run) need, over ours; `bound` says which.
+    `peak_share` is for the operations alone: on a CPU against multiply-adds on registers, timed
+    beside ours.
     """
 
     op: str
@@ -43,6 +46,7 @@ class Row:
     speedup: dict[str, list[float]] = field(default_factory=dict)
     bound: str | None = None
     limit_share: float | None = None
+    peak_share: float | None = None
     absent: dict[str, str] = field(default_factory=dict)
     wrong: str | None = None
 
@@ -93,10 +97,17 @@ def measure(
     if wrong or trial is None:
         return row
     candidates = _candidates(trial, device, compiled, row.absent)
+    bare = arithmetic(scenario.dtype, device, item.threads) if row.flops else None
+    if bare is not None:
+        candidates[_BARE] = bare[0]
     found = interleave(
         candidates, sets=trial.sets, device=device, budget=seconds, threads=item.threads
     )
-    return _fill(row, found, limits)
+    peak = None
+    if bare is not None and OURS in found.samples:
+        peak = row.flops / bare[1] * found.speedup(OURS, over=_BARE).value
+    found.samples.pop(_BARE, None)
+    return _fill(row, found, limits, peak)
 
 
 def _candidates(
@@ -111,7 +122,7 @@ def _candidates(
     return found | dict(trial.peers)
 
 
-def _fill(row: Row, found: Measurement, limits: Limits | None) -> Row:
+def _fill(row: Row, found: Measurement, limits: Limits | None, peak: float | None) -> Row:
     row.rounds = found.rounds
     row.absent |= found.failed
     more = max(row.nbytes / _COPIED, 1.0)  # a copy that was cut short stands for a whole one
@@ -127,15 +138,17 @@ def _fill(row: Row, found: Measurement, limits: Limits | None) -> Row:
             x = found.speedup(OURS, over=name)
             scale = more if name == COPY else 1.0
             row.speedup[name] = [_digits(scale * v) for v in (x.value, x.low, x.high)]
-    _limit(row, limits)
+    _limit(row, limits, peak)
     return row
 
 
-def _limit(row: Row, limits: Limits | None) -> None:
-    """Which limit the row runs into, and how much of it ours reaches."""
+def _limit(row: Row, limits: Limits | None, share: float | None) -> None:
+    """Which limit the row runs into, and how much of it ours reaches; `share`: of the peak."""
     moving = row.speedup.get(COPY, [0.0])[0]
     peak = limits.peak(row.dtype) if limits else 0.0
     counting = row.flops / peak / (row.microseconds[OURS] / 1e6) if peak else 0.0
+    if share is not None or counting:
+        row.peak_share = _digits(counting if share is None else share)
     if max(moving, counting) > 0:
         row.bound = "compute" if counting > moving else "memory"
         row.limit_share = _digits(max(moving, counting))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllm._C import Head, call_key
 from fastllm.core.backend import Backend
 from fastllm.core.measure import Call, Factory, copies, rotation, size_of, thread_count
 from fastllm.core.op import OPS, Op
@@ -82,16 +83,6 @@ def rivals(op: Op, args: tuple) -> list[Backend]:
     return [run for run in found if run is not None]
 
 
-class _Fixed:
-    """Stands in for an op's routes: asks as much as they do, and always answers the same."""
-
-    def __init__(self, run: Backend) -> None:
-        self.run = run
-
-    def find(self, args: tuple, training: bool | None = None) -> tuple[Backend, bool]:
-        return self.run, bool((routes.call_key(args, training) or 0) & 1)
-
-
 def _trial(seen: Sighting) -> Callable[[], Trial]:
     def make() -> Trial:
         op, args = seen.op, seen.build()
@@ -114,7 +105,7 @@ def _trial(seen: Sighting) -> Callable[[], Trial]:
 
 def _factory(op: Op, run: Backend, inputs: list[tuple], wanted: list[int] | None) -> Factory:
     """A call as the table would have it run, the price of asking the table included."""
-    fixed: Any = _Fixed(run)
+    fixed = routes.fixed(op, run)
 
     def forward(i: int) -> Any:
         before, op.routes = op.routes, fixed
@@ -145,14 +136,19 @@ def _outputs(value: Any) -> tuple:
 # ---- calls that a model makes
 
 
-class _Recorder:
+class _Recorder(Head):
     """Stands in for an op's routes: notes the calls, and lets each take the default."""
 
     def __init__(self, op: Op, into: dict[tuple[str, str], Sighting]) -> None:
+        super().__init__(None)
         self.op, self.into = op, into
 
-    def find(self, args: tuple, training: bool | None = None) -> None:
-        number = routes.call_key(args, training)
+    def __call__(self, *args: Any) -> Any:
+        self.find(args)
+        return NotImplemented
+
+    def find(self, args: tuple, training: bool | None = None, /) -> None:
+        number = call_key(args, training)
         device = None if number is None else routes.device_of(self.op, args)
         if number is not None and device is not None:
             direction = routes.TRAINING if number & 1 else routes.FORWARD
@@ -189,7 +185,7 @@ def record(run: Callable[[], Any]) -> Seen:
     sizes: dict[str, dict[str, set[tuple]]] = {}
     try:
         for op in before:
-            op.routes = _Recorder(op, into)  # type: ignore[assignment]
+            op.routes = _Recorder(op, into)
         for tunable in TUNABLES.values():
             tunable.seen = set()
         run()

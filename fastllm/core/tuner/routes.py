@@ -1,9 +1,9 @@
-"""An op's calls -> the backend to run, in a quarter of a microsecond.
+"""An op's calls -> the backend to run, and the call itself, in C (csrc/head.cpp).
 
-A call is one number first (csrc/call_key.cpp: shapes, dtypes, strides, devices, other arguments,
-whether gradients are wanted, threads). A number not seen before is checked and becomes a key of the
-table, in which sizes fall into buckets; the answer, or the op's own default where the table has
-none, is remembered for that number.
+A call is one number first: shapes, dtypes, strides, devices, other arguments, whether gradients are
+wanted, threads. A number not seen before is checked and becomes a key of the table, in which sizes
+fall into buckets; the answer, or the op's own default where the table has none, is remembered for
+that number together with the function that runs it.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastllm import _C
+from fastllm._C import Head
 from fastllm.core.tuner import table
 
 if TYPE_CHECKING:
@@ -24,9 +24,6 @@ FORWARD, TRAINING = "forward", "training"
 _MOST = (
     4096  # calls remembered by an op: a model whose shapes never repeat must not fill the memory
 )
-
-_C.bind_call_key(torch._C._get_deterministic_algorithms)
-call_key = _C.call_key
 
 
 def bucket(size: int) -> int:
@@ -71,53 +68,47 @@ def _sizes(shape: Any) -> str:
     return "x".join([str(bucket(rows)), *last] if len(shape) > 1 else last)
 
 
-class Routes:
-    """Which backend each call of an op runs on: measured to win, else the op's default."""
+class Routes(Head):
+    """Which backend each call of an op runs on: measured to win, else the op's default.
+
+    routes(*args) runs an ordinary call, or answers NotImplemented; routes.find(args, training=None)
+    is its (backend, whether gradients are wanted), or None where the call is not ordinary or wrong.
+    `training` says the direction where the tensors and the grad mode do not.
+    """
 
     def __init__(self, op: "Op") -> None:
+        super().__init__(self._look)
         self.op = op
-        self.known: dict[int, tuple[Backend, bool]] = {}
-        table.listen(self.reset)
+        table.listen(self.forget)
 
-    def reset(self) -> None:
-        """Forgets, because the table has changed."""
-        self.known.clear()
-        self.op.routes = None if self.op.fast and table.MODE == "off" else self
-
-    def find(self, args: tuple, training: bool | None = None) -> "tuple[Backend, bool] | None":
-        """(backend, whether gradients are wanted) of a call whose arguments are right.
-
-        None: no ordinary call, or a wrong one. `training` says the direction where the tensors and
-        the grad mode do not. Never raises.
-        """
-        key = call_key(args, training)
-        if key is None:
-            return None
-        try:
-            return self.known[key]
-        except KeyError:
-            return self._look(key, args)
-
-    def _look(self, key: int, args: tuple) -> "tuple[Backend, bool] | None":
+    def _look(self, key: int, args: tuple) -> tuple | None:
         op = self.op
         device = device_of(op, args)
         if device is None:
             return None
         training = bool(key & 1)
+        direction = TRAINING if training else FORWARD
         try:
             op.check(*args)
-            value = lookup(op, args, device, TRAINING if training else FORWARD)
+            value = lookup(op, args, device, direction)
             if value is None and table.MODE == "on":
-                value = _measure(op, args, TRAINING if training else FORWARD)
+                value = _measure(op, args, direction)
             run = op.named(value, args) or op.default(args, training)
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return None  # the general path explains what is wrong
-        if len(self.known) >= _MOST:
-            self.known.clear()
-        self.known[key] = found = run, training
-        if op.fast and _settled() and not _mentioned(op):
-            op.routes = None  # its fast calls need nobody to ask: there is nothing to find
-        return found
+        if len(self) >= _MOST:
+            self.forget()
+        return ((run, training), *op.prepared(run, training))
+
+
+def fixed(op: "Op", run: "Backend") -> Head:
+    """Routes that ask as much as an op's own, and always answer the same."""
+
+    def look(key: int, args: tuple) -> tuple:
+        training = bool(key & 1)
+        return ((run, training), *op.prepared(run, training))
+
+    return Head(look)
 
 
 def _measure(op: "Op", args: tuple, direction: str) -> Any:
@@ -148,18 +139,3 @@ def device_of(op: "Op", args: tuple) -> str | None:
             kind = args[i].device.type
             return table.device_name(args[i].device) if kind in ("cpu", "cuda") else None
     return None
-
-
-def _settled() -> bool:
-    """Whether the tables of all devices have been read."""
-    loaded = table.loaded()
-    wanted = ["cpu"]
-    if torch.cuda.is_available():
-        wanted += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return table.MODE != "on" and all(device in loaded for device in wanted)
-
-
-def _mentioned(op: "Op") -> bool:
-    """Whether any table has a word about this op."""
-    names = {f"{op.name}.{FORWARD}", f"{op.name}.{TRAINING}"}
-    return any(names & found.names() for found in table.loaded().values())

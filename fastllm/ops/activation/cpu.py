@@ -10,6 +10,7 @@ from fastllm import _C
 from fastllm.core.backend import Backend
 from fastllm.core.memory import POOL_FROM, empty
 from fastllm.ops.activation.layout import as_rows
+from fastllm.ops.activation.spec import GATED
 
 Needs = tuple[bool, ...]
 
@@ -150,14 +151,16 @@ def _why_not_gated(gate: Tensor, up: Tensor, *_: Any) -> str | None:
     return _why_not_unary(gate)
 
 
-def _backend(forward: Callable[..., Any], backward: Callable[..., Any], gated: bool) -> Backend:
-    return Backend("cpu", forward, backward, _why_not_gated if gated else _why_not_unary)
+def _backend(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Backend:
+    why_not = _why_not_gated if name in GATED else _why_not_unary
+    return Backend("cpu", forward, backward, why_not, fast=getattr(_C, f"fast_{name}"))
 
 
-BACKENDS: dict[str, Backend] = {
-    "silu": _backend(silu, silu_backward, False),
-    "gelu": _backend(gelu, gelu_backward, False),
-    "relu2": _backend(relu2, relu2_backward, False),
-    "swiglu": _backend(swiglu, swiglu_backward, True),
-    "geglu": _backend(geglu, geglu_backward, True),
+_BOTH: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "silu": (silu, silu_backward),
+    "gelu": (gelu, gelu_backward),
+    "relu2": (relu2, relu2_backward),
+    "swiglu": (swiglu, swiglu_backward),
+    "geglu": (geglu, geglu_backward),
 }
+BACKENDS: dict[str, Backend] = {name: _backend(name, *both) for name, both in _BOTH.items()}

@@ -38,26 +38,38 @@ def check_tensors(
 ) -> None:
     """Raises ValueError or TypeError that names the argument."""
     spec.require_tensors(query=query, k_cache=k_cache, v_cache=v_cache)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if query.is_floating_point() and cache.dtype != query.dtype:
+            raise TypeError(f"{name}: expected query's dtype {query.dtype}, found {cache.dtype}")
+    check_shapes(query, k_cache.shape, v_cache.shape, cache_seqlens, block_table)
+
+
+def check_shapes(
+    query: Tensor,
+    k_shape: tuple[int, ...],
+    v_shape: tuple[int, ...],
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+) -> None:
+    """The same, of what a cache of numbers and one of codes have in common."""
     if not query.is_floating_point():
         raise TypeError(f"query: expected a floating point tensor, found {describe(query)}")
     if query.dim() != 4:
         raise ValueError(f"query: expected [B, H, T, D], found {list(query.shape)}")
     b, h, _, d = query.shape
-    for name, cache, width in (("k_cache", k_cache, d), ("v_cache", v_cache, None)):
-        if cache.dtype != query.dtype:
-            raise TypeError(f"{name}: expected query's dtype {query.dtype}, found {cache.dtype}")
-        good = cache.dim() == 4 and cache.shape[1] and not h % cache.shape[1]
-        good = good and (block_table is not None or cache.shape[0] == b)
-        if not good or cache.shape[3] != (width or cache.shape[3]):
+    for name, shape, width in (("k_cache", k_shape, d), ("v_cache", v_shape, None)):
+        good = len(shape) == 4 and shape[1] and not h % shape[1]
+        good = good and (block_table is not None or shape[0] == b)
+        if not good or shape[3] != (width or shape[3]):
             lead = f"[{b}, G, S_max" if block_table is None else "[pages, G, page"
             raise ValueError(
                 f"{name}: expected {lead}, {width or 'Dv'}] with G a divisor of {h} for query "
-                f"{list(query.shape)}, found {list(cache.shape)}"
+                f"{list(query.shape)}, found {list(shape)}"
             )
-    if v_cache.shape[:3] != k_cache.shape[:3]:
+    if v_shape[:3] != k_shape[:3]:
         raise ValueError(
-            f"v_cache: expected {[*k_cache.shape[:3], v_cache.shape[3]]} for k_cache "
-            f"{list(k_cache.shape)}, found {list(v_cache.shape)}"
+            f"v_cache: expected {[*k_shape[:3], v_shape[3]]} for k_cache {list(k_shape)}, found "
+            f"{list(v_shape)}"
         )
     _check_ints("cache_seqlens", cache_seqlens, (b,))
     if block_table is not None:
@@ -126,14 +138,18 @@ def cost(query: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
 
 def word(query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> str:
     """The tuner's key: shapes, pages, window, options in use."""
-    o, (b, h, t, d) = Cached(*rest), query.shape
-    kind = words(query).partition("[")[0]
-    table = o.block_table
-    room = k_cache.shape[2] * (1 if table is None else table.shape[1])
+    return word_of(query, k_cache.shape, v_cache.shape[3], Cached(*rest))
+
+
+def word_of(query: Tensor, k_shape: tuple[int, ...], width: int, o: Cached) -> str:
+    """The same, from the shape of keys and the width of values."""
+    b, h, t, d = query.shape
+    kind, table = words(query).partition("[")[0], o.block_table
+    room = k_shape[2] * (1 if table is None else table.shape[1])
     used = (o.alibi_slopes is not None, o.sinks is not None, bool(o.softcap))
     return (
-        f"{kind} b{bucket(b)} h{h} g{h // k_cache.shape[1]} t{bucket(t)} s{bucket(room)} "
-        f"d{d},{v_cache.shape[3]} {'flat' if table is None else 'paged'} "
+        f"{kind} b{bucket(b)} h{h} g{h // k_shape[1]} t{bucket(t)} s{bucket(room)} "
+        f"d{d},{width} {'flat' if table is None else 'paged'} "
         f"{'-' if o.left < 0 else bucket(o.left)} {''.join('x' if u else '-' for u in used)}"
     )
 

@@ -6,7 +6,13 @@ from typing import Any
 
 from fastllm.ops.attention.dense import scaled_dot_product_attention
 from fastllm.ops.attention.kv_cache import attention_with_kv_cache
-from fastllm.ops.attention.ops import attention_cache_op, attention_op, attention_varlen_op
+from fastllm.ops.attention.ops import (
+    attention_cache_op,
+    attention_op,
+    attention_quantized_op,
+    attention_varlen_op,
+)
+from fastllm.ops.attention.quantized import split
 from fastllm.ops.attention.varlen import attention_varlen
 
 Call = Callable[[], Any]
@@ -67,4 +73,9 @@ def cached(query: Any, k_cache: Any, v_cache: Any, used: Any, table: Any, *rest:
     )  # fmt: skip
 
 
+def quantized_cache(query: Any, *rest: Any) -> Call:
+    return cached(query, *split(rest)[:2], *rest[12:])
+
+
 attention_op.call, attention_varlen_op.call, attention_cache_op.call = dense, packed, cached
+attention_quantized_op.call = quantized_cache

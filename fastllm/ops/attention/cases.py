@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fastllm.core.cases import Case
+from fastllm.ops.quant import reference
+from fastllm.ops.quant.layout import E4M3, INT4, INT8, KINDS
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16", FP64: "fp64"}
@@ -40,6 +42,8 @@ SEED = 0x1234_5678_9ABC_DEF1
 
 def cases(op: str) -> tuple[Case, ...]:
     """All cases of one op of the family."""
+    if op == "attention_quantized":
+        return tuple(itertools.chain(_coded_bench(), _coded()))
     if op == "attention_cache":
         return tuple(itertools.chain(_cache_bench(), _cache()))
     if "varlen" in op:
@@ -310,3 +314,50 @@ def _cached(
     name = f"b{b}h{h}g{g}t{t}s{room}d{d}" + f"v{dv}" * (dv != d) + f"p{page}" * (page > 0)
     name += f"-{NAMES[dtype]}-{option}" + "-full" * full
     return Case(name, dtype, build, frozenset(tags))
+
+
+# ---- a cache of codes: (kind, group, symmetric) of keys, and of values
+
+BYTES, BYTES_G32 = (INT8, 0, True), (INT8, 32, True)
+NIBBLES, NIBBLES_G64, NIBBLES_ROW = (INT4, 32, False), (INT4, 64, True), (INT4, 0, True)
+# what the kernels read as it is, and what they do not
+CODED = (
+    (BYTES, BYTES), (NIBBLES, NIBBLES), (BYTES_G32, NIBBLES_G64), (NIBBLES_ROW, BYTES),
+    ((INT4, 0, False), NIBBLES_ROW), ((E4M3, 0, True), (INT8, 24, True)),
+)  # fmt: skip
+
+
+def _coded_bench() -> Iterator[Case]:
+    for form in (BYTES, NIBBLES_ROW, NIBBLES):
+        sizes = (1, 32, 8, 1, 4096, 128, 128, 0)
+        yield coded(_cached(sizes, BF16, full=True, tags={"bench"}), form, form)
+
+
+def _coded() -> Iterator[Case]:
+    for dtype, forms in zip((FP32, BF16, FP64, FP32), CODED, strict=False):
+        yield coded(_cached((2, 4, 2, 2, 9, 8, 8, 3), dtype, "all", tags={"quick"}), *forms)
+    forms, options = itertools.cycle(CODED), itertools.cycle(("plain", "sinks", "cap", "window"))
+    # with a width that is odd, and fills no vector
+    for sizes in (*CACHES, (2, 6, 2, 2, 150, 71, 45, 0)):
+        for dtype in DTYPES:
+            case = _cached(sizes, dtype, next(options), tags={"quick"})
+            yield coded(case, *next(forms))
+            yield coded(case, *next(forms))
+        next(forms)  # so that in time every dtype meets every format
+
+
+def coded(case: Case, *forms: tuple[int, int, bool]) -> Case:
+    """A case of a cache of numbers as one of codes: keys and values of these formats."""
+
+    def build(generator: torch.Generator) -> tuple:
+        query, k, v, *rest = case.build(generator)
+        parts: list[Any] = []
+        for x, (code, group, symmetric) in zip((k, v), forms, strict=True):
+            codes, scales, zeros = reference.quantize(x.float(), code, group, symmetric)
+            if case.dtype in (FP32, FP16) and code == INT4:  # as other libraries store them
+                scales, zeros = scales.half(), zeros.half()
+            parts += (codes, scales, None if symmetric else zeros, code, group, x.shape[-1])
+        return (query, *parts, *rest)
+
+    kinds = (f"{KINDS[c]}g{g}" + "z" * (not symmetric) for c, g, symmetric in forms)
+    return Case("-".join((case.name, *kinds)), case.dtype, build, case.tags)

@@ -10,12 +10,16 @@ from fastllm import _C
 from fastllm.core.backend import Backend
 from fastllm.core.memory import POOL_FROM, adjacent, empty
 from fastllm.ops.attention.cache import attention_cache_backward
+from fastllm.ops.attention.quantized import Codes, in_numbers, split
 from fastllm.ops.attention.spec import Cached, Packed, Terms, saved_parts
+from fastllm.ops.quant.cpu import dequantize, groups_fit
+from fastllm.ops.quant.layout import INT4, INT8
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BOOL, _NO_MASK = 3, -1
 _NO_ROWS = (0, 0, 0, 0)
 _MOST_WIDTH = 256
+_FEW = 16  # kFewQueries of attention_decode.inl
 
 
 def _dense(x: Tensor) -> tuple[int, ...]:
@@ -216,20 +220,58 @@ def _backward_varlen(
 
 
 def _cache(query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    o = Cached(*rest)
-    q, k, v = adjacent(query), adjacent(k_cache), adjacent(v_cache)
+    o, q = Cached(*rest), adjacent(query)
+    out, lse, numbers = _cache_call(q, adjacent(k_cache), adjacent(v_cache), v_cache.shape[3], o)
+    numbers.forward()
+    return out, lse
+
+
+def _cache_call(
+    q: Tensor, k: Tensor, v: Tensor, width: int, o: Cached
+) -> tuple[Tensor, Tensor, _Numbers]:
+    """(out, lse, the call), for values of `width` numbers."""
     b, h, t, d = q.shape
-    out = empty((b, h, t, v.shape[3]), q.dtype)
+    out = empty((b, h, t, width), q.dtype)
     lse = torch.empty((b, h, t), dtype=torch.float32)
     lengths = o.cache_seqlens.contiguous()
     table = None if o.block_table is None else o.block_table.contiguous()
     longest = max(lengths.tolist(), default=0)
-    _Numbers(
-        o, (_CODES[q.dtype], b, h, k.shape[1], t, longest, d, v.shape[3]),
+    return out, lse, _Numbers(
+        o, (_CODES[q.dtype], b, h, k.shape[1], t, longest, d, width),
         (*_dense(q), *_dense(k), *_dense(v), *_dense(out), *_dense(lse)),
         (None, None, lengths, table), 0 if table is None else k.shape[2], diagonal=(0, True),
-    ).forward()  # fmt: skip
+    )  # fmt: skip
+
+
+def _quantized(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Few queries read the codes; for more, which share the work, numbers are made once."""
+    k, v, o = split(rest)
+    rows = query.shape[2] * (query.shape[1] // k.codes.shape[1])
+    if rows > _FEW or not (_readable(k) and _readable(v)):
+        return in_numbers(query, rest, dequantize, _cache)
+    k, v = (x._replace(codes=adjacent(x.codes)) for x in (k, v))
+    lists = [_codes(x) for x in (k, v)]
+    out, lse, numbers = _cache_call(adjacent(query), k.codes, v.codes, v.width, o)
+    for given, _ in lists:
+        numbers.list.extend(given)
+    _C.attention_codes(numbers.list.buffer_info()[0], *numbers.rest[:2])
     return out, lse
+
+
+def _readable(x: Codes) -> bool:
+    """Codes that the kernel reads: groups fill its vectors."""
+    whole = x.group % 32 == 0 or x.scales.shape[-1] == 1
+    return x.code in (INT8, INT4) and whole and x.scales.dtype in _CODES
+
+
+def _codes(x: Codes) -> tuple[tuple[int, ...], Any]:
+    """struct Codes of attention.h, and the tensors that it points to."""
+    scales, groups = adjacent(x.scales), x.scales.shape[-1]
+    zeros = None if x.zeros is None else adjacent(x.zeros)
+    return (
+        x.code, _CODES[scales.dtype], x.width if groups == 1 else x.group, groups, *_dense(scales),
+        *(_NO_ROWS if zeros is None else _dense(zeros)),
+    ), (scales, zeros)  # fmt: skip
 
 
 def _supports(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
@@ -243,8 +285,18 @@ def _supports(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
     return None
 
 
+def _supports_quantized(query: Tensor, *rest: Any) -> str | None:
+    k, v, _ = split(rest)
+    return _supports(query, query, query.new_empty((v.width,)), *rest) or next(
+        (why for x in (k, v) if (why := groups_fit(x.code, x.group))), None
+    )
+
+
 BACKENDS: dict[str, Backend] = {
     "attention": Backend("cpu", _forward, _backward, _supports),
     "attention_varlen": Backend("cpu", _forward_varlen, _backward_varlen, _supports),
     "attention_cache": Backend("cpu", _cache, attention_cache_backward, _supports),
+    "attention_quantized": Backend(
+        "cpu", _quantized, attention_cache_backward, _supports_quantized
+    ),
 }

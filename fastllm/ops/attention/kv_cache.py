@@ -5,15 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.ops.attention import cache, spec
+from fastllm.ops.attention import cache, quantized, spec
 from fastllm.ops.attention.dense import bounds
-from fastllm.ops.attention.ops import attention_cache_op
+from fastllm.ops.attention.ops import attention_cache_op, attention_quantized_op
+from fastllm.ops.quant import quantize
 
 
 def attention_with_kv_cache(
     query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Any,
+    v_cache: Any,
     cache_seqlens: Tensor,
     *,
     k: Tensor | None = None,
@@ -32,11 +33,14 @@ def attention_with_kv_cache(
 
     query          [B, H, T, D]: the last T positions of each sequence
     k_cache        [B, G, S_max, D], v_cache [B, G, S_max, Dv]; or with a block_table, pages
-                   [P, G, page, D] and [P, G, page, Dv] (PagedAttention, Kwon et al. 2023)
+                   [P, G, page, D] and [P, G, page, Dv] (PagedAttention, Kwon et al. 2023). Both
+                   a Tensor of query's dtype, or both a fastllm.quant.QTensor of these shapes,
+                   whose groups lie within a row, of one format or two: int8 and int4 codes are
+                   read as they are, others dequantized first
     cache_seqlens  [B] int32: how many keys of each sequence the cache holds, without k. It is not
                    written: add T before the next call
-    k, v           [B, G, T_new, D] and [B, G, T_new, Dv], written at cache_seqlens, in place; None:
-                   nothing is written
+    k, v           [B, G, T_new, D] and [B, G, T_new, Dv], written at cache_seqlens, in place, and
+                   as codes if the cache has those; None: nothing is written
     block_table    [B, pages] int32: the pages of each sequence, in order
     is_causal      the last query sees every key, each one before it a key less
 
@@ -45,38 +49,58 @@ def attention_with_kv_cache(
     arguments that do not fit, before anything is written: a cache without room is found on the CPU;
     on a GPU, which would have to wait, what has no room is not written.
     """
-    cache.check_tensors(query, k_cache, v_cache, cache_seqlens, block_table)
+    coded = not (isinstance(k_cache, Tensor) or isinstance(v_cache, Tensor))
+    if coded:
+        k_cache, v_cache = (
+            quantized.codes_of(name, x) for name, x in (("k_cache", k_cache), ("v_cache", v_cache))
+        )
+        quantized.check_tensors(query, k_cache, v_cache, cache_seqlens, block_table)
+    else:
+        cache.check_tensors(query, k_cache, v_cache, cache_seqlens, block_table)
+    pages = k_cache.codes if coded else k_cache
     used, new = cache_seqlens, 0
     if k is not None or v is not None:
         check_new(k, v, query, k_cache, v_cache)
         assert k is not None and v is not None
         new = k.shape[2]
         used = cache_seqlens + new
-    lengths = cache.check_values(k_cache, cache_seqlens, block_table, new)
+    lengths = cache.check_values(pages, cache_seqlens, block_table, new)
     spec.check_heads(alibi_slopes, sinks, *query.shape[:2])
     spec.check_numbers(-1, -1, softcap)
     left, right = (-1, 0 if is_causal else -1) if window is None else bounds(window, is_causal)
     if k is not None and v is not None:
-        append(k_cache, k, cache_seqlens, block_table, lengths)
-        append(v_cache, v, cache_seqlens, block_table, lengths)
+        for states, into in ((k, k_cache), (v, v_cache)):
+            for part, made in _parts(into, states):
+                append(part, made, cache_seqlens, block_table, lengths)
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
-    results = attention_cache_op(
-        query, k_cache, v_cache, used, block_table, alibi_slopes, sinks, scale, left, right,
-        softcap, backend=backend,
-    )  # fmt: skip
+    rest = (used, block_table, alibi_slopes, sinks, scale, left, right, softcap)
+    if coded:
+        results = attention_quantized_op(query, *k_cache, *v_cache, *rest, backend=backend)
+    else:
+        results = attention_cache_op(query, k_cache, v_cache, *rest, backend=backend)
     return results if return_lse else results[0]
 
 
-def check_new(k: Any, v: Any, query: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def _parts(into: Any, states: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """What of `states` goes where: themselves, or their codes, scales and zeros."""
+    if isinstance(into, Tensor):
+        return ((into, states),)
+    made = quantize(states, into.code, into.group, into.zeros is None)
+    bytes_of = (into.codes.view(torch.uint8), made[0].view(torch.uint8))  # float8 has no index_put
+    return (bytes_of, *zip(into.tensors[1:], made[1:], strict=False))
+
+
+def check_new(k: Any, v: Any, query: Tensor, k_cache: Any, v_cache: Any) -> None:
     """k and v come together, and fit query and the cache."""
     spec.require_tensors(k=k, v=v)
     for name, new, old in (("k", k, k_cache), ("v", v, v_cache)):
         wanted = (query.shape[0], old.shape[1], k.shape[2] if k.dim() == 4 else 1, old.shape[3])
         if tuple(new.shape) != wanted:
             raise ValueError(f"{name}: expected shape {list(wanted)}, found {list(new.shape)}")
-        if new.dtype != old.dtype:
-            raise TypeError(f"{name}: expected the cache's {old.dtype}, found {new.dtype}")
+        kind = old.dtype if isinstance(old, Tensor) else query.dtype
+        if new.dtype != kind:
+            raise TypeError(f"{name}: expected the cache's {kind}, found {new.dtype}")
 
 
 def append(

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastllm.core.backend import Backend
 from fastllm.core.dispatch import define
 from fastllm.core.op import Op
-from fastllm.ops.attention import cache, cpu, reference, spec, stock, triton
+from fastllm.ops.attention import cache, cpu, quantized, reference, spec, stock, triton
 from fastllm.ops.attention.cases import cases
 
 # kernels by the name of the op: Backend(name, forward, the backward above, supports, available)
@@ -139,23 +139,34 @@ attention_varlen_op, attention_varlen_lse_op = (
     _varlen("attention_varlen"),
     _varlen("attention_varlen_lse"),
 )
-attention_cache_op = define(
-    "attention_cache",
-    (*[table["attention_cache"] for table in KERNELS if "attention_cache" in table], cache.STOCK),
-    cache,
-    family="attention",
-    schema=cache.SCHEMA,
-    tensors=(0, 1, 2, 3, 4, 5, 6),
-    saved=lambda args, results: args[:1],
-    saved_tensors=(0,),
-    gradients={},
-    outputs=2,
-    check=cache.check,
-    fake=cache.fake,
-    fake_backward=lambda query: (),
-    cost=cache.cost,
-    cases=cases("attention_cache"),
-    key=cache.word,
-    check_values=True,
-    stock_first=_cache_stock_first,
+
+
+def _with_cache(name: str, contract: Any, **facts: Any) -> Op:
+    """args: query, the cache, cache_seqlens, block_table, alibi_slopes, sinks, options."""
+    return define(
+        name,
+        (*[table[name] for table in KERNELS], contract.STOCK),
+        contract,
+        family="attention",
+        schema=contract.SCHEMA,
+        saved=lambda args, results: args[:1],
+        saved_tensors=(0,),
+        gradients={},
+        outputs=2,
+        check=contract.check,
+        fake=contract.fake,
+        fake_backward=lambda query: (),
+        cost=contract.cost,
+        cases=cases(name),
+        key=contract.word,
+        check_values=True,
+        **facts,
+    )
+
+
+attention_cache_op = _with_cache(
+    "attention_cache", cache, tensors=tuple(range(7)), stock_first=_cache_stock_first
+)
+attention_quantized_op = _with_cache(
+    "attention_quantized", quantized, tensors=(0, 1, 2, 3, 7, 8, 9, 13, 14, 15, 16)
 )

@@ -10,9 +10,13 @@ from fastllm.core.backend import Backend
 from fastllm.core.memory import adjacent
 from fastllm.ops.attention import random, triton_tiles
 from fastllm.ops.attention.cache import attention_cache_backward
+from fastllm.ops.attention.quantized import Codes, in_numbers, split
 from fastllm.ops.attention.spec import Cached, Packed, Terms, saved_parts
 from fastllm.ops.matmul.triton import available, tf32
 from fastllm.ops.norm.triton import _interpreted
+from fastllm.ops.quant.cpu import groups_fit
+from fastllm.ops.quant.layout import INT4, INT8
+from fastllm.ops.quant.triton import dequantize
 
 Grads = tuple[Tensor | None, ...]
 
@@ -134,6 +138,36 @@ def attention_cache(
     )  # fmt: skip
 
 
+def attention_quantized(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """(out, lse); codes that the kernel does not read are dequantized first."""
+    k, v, o = split(rest)
+    if not (_readable(k) and _readable(v)):
+        return in_numbers(query, rest, dequantize, attention_cache)
+    kernels = _module("attention_decode")
+    coded = [
+        kernels.Coded(_solid(x.scales), _solid(x.zeros), x.code, x.group or x.width, x.width)
+        for x in (k, v)
+    ]
+    return kernels.attention_decode(
+        adjacent(query), adjacent(k.codes), adjacent(v.codes), o.cache_seqlens.contiguous(),
+        _solid(o.block_table), _solid(o.alibi_slopes), _solid(o.sinks), *o[4:], tf32=tf32(query),
+        coded=coded,
+    )  # fmt: skip
+
+
+def _readable(x: Codes) -> bool:
+    return x.code in (INT8, INT4) and x.scales.dtype in _DTYPES
+
+
+def _supports_quantized(query: Tensor, *rest: Any) -> str | None:
+    k, v, o = split(rest)
+    why = _supports(query, query, query) or _width(query, v.width)
+    for tensor in (*k.tensors, *v.tensors, *o):
+        if isinstance(tensor, Tensor) and tensor.device != query.device:
+            why = why or f"a tensor on {tensor.device} with query on {query.device}"
+    return why or groups_fit(k.code, k.group) or groups_fit(v.code, v.group)
+
+
 def _supports(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
     allowed = ("cpu",) if _interpreted() else ("cuda", "xpu")
     if query.device.type not in allowed:
@@ -143,9 +177,14 @@ def _supports(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | 
     for tensor in (key, value, *others):
         if isinstance(tensor, Tensor) and tensor.device != query.device:
             return f"a tensor on {tensor.device} with query on {query.device}"
-    width = max(query.shape[-1], value.shape[-1])
-    if not 0 < width <= _MOST_WIDTH or not min(query.shape[-1], value.shape[-1]):
-        return f"heads of {query.shape[-1]} and {value.shape[-1]} values"
+    return _width(query, value.shape[-1])
+
+
+def _width(query: Tensor, values: int) -> str | None:
+    """Why heads of as many numbers as query's, and values of `values`, are not served."""
+    width = max(query.shape[-1], values)
+    if not 0 < width <= _MOST_WIDTH or not min(query.shape[-1], values):
+        return f"heads of {query.shape[-1]} and {values} values"
     if query.dtype == torch.float32 and width > _MOST_EXACT and not _interpreted():
         # without TF32, products are made one by one, and backward has no registers for more
         return None if tf32(query) else f"float32 heads of {width} values without TF32"
@@ -159,5 +198,8 @@ BACKENDS: dict[str, Backend] = {
     ),
     "attention_cache": Backend(
         "triton", attention_cache, attention_cache_backward, _supports, available
+    ),
+    "attention_quantized": Backend(
+        "triton", attention_quantized, attention_cache_backward, _supports_quantized, available
     ),
 }

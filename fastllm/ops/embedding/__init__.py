@@ -7,12 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllm.core.backend import choice
 from fastllm.core.dispatch import define
 from fastllm.ops.embedding import cpu, reference, spec, stock, triton
 from fastllm.ops.embedding.cases import cases
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _saved(args: tuple, output: Any) -> tuple:
@@ -30,21 +27,6 @@ def _forward_args(saved: tuple) -> tuple:
 def _stock_first(training: bool, weight: Tensor, input: Tensor, *_: Any) -> bool:
     """Few rows are read as fast by torch; it is backward that is slow there."""
     return not training and input.is_cpu and input.numel() * weight.shape[1] < 1 << 19
-
-
-def _few(weight: Tensor, input: Tensor) -> bool:
-    """Whether torch reads these rows before anything here could have been asked."""
-    return (
-        embedding_op.stock_first is not None
-        and choice.name is None
-        and type(weight) in _PLAIN
-        and type(input) is Tensor
-        and weight.is_cpu
-        and input.dtype in spec.INDICES
-        and weight.dim() == 2
-        and input.numel() * weight.shape[1] < 1 << 16
-        and not (weight.requires_grad and torch.is_grad_enabled())
-    )
 
 
 embedding_op = define(
@@ -110,8 +92,6 @@ def embedding(
         if not -rows <= padding_idx < rows:
             raise ValueError(f"padding_idx: expected -{rows} to {rows - 1}, found {padding_idx}")
         padding_idx %= rows
-    if backend is None and max_norm is None and _few(weight, input):
-        return torch.embedding(weight, input, padding_idx, scale_grad_by_freq)
     if max_norm is not None:
         spec.check(weight, input, padding_idx, scale_grad_by_freq)
         with torch.no_grad():

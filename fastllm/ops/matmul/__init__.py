@@ -1,5 +1,6 @@
 """linear with fused epilogues, the gated pair, matmul: forward and backward."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ class ProductOp(Op):
         if packed.PACKS and run.name == "torch" and packed.pointer(args[1]):
             run = self.named("cpu", args) or run
         return super().run(run, training, args)
+
+    def prepared(self, run: Backend, training: bool) -> tuple[Callable[..., Any], Any, Any]:
+        """Where there are packs, each call asks whether its weight has one."""
+        if packed.PACKS and run.name == "torch":
+            return (lambda *args: self.run(run, training, args)), None, None
+        return super().prepared(run, training)
 
     def named(self, name: str | None, args: tuple) -> Backend | None:
         """Measured to win, "cpu" means the choice by product."""

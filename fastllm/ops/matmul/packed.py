@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastllm import _C
+from fastllm.core.tuner import table
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -59,7 +60,10 @@ def prepack(weight: Tensor) -> None:
         raise ValueError(
             f"weight: expected a contiguous CPU matrix that is tracked, found {reason}"
         )
+    first = not PACKS
     PACKS[id(weight)] = Pack(weight)
+    if first:
+        table.announce()  # until now no call had to ask for packs
 
 
 def unpack(weight: Tensor) -> None:

@@ -48,6 +48,6 @@ def _supports(input: Tensor, dim: int) -> str | None:
 
 
 BACKENDS: dict[str, Backend] = {
-    "softmax": Backend("cpu", _forward(0), _backward(0), _supports),
-    "log_softmax": Backend("cpu", _forward(1), _backward(1), _supports),
+    "softmax": Backend("cpu", _forward(0), _backward(0), _supports, fast=_C.fast_softmax),
+    "log_softmax": Backend("cpu", _forward(1), _backward(1), _supports, fast=_C.fast_log_softmax),
 }
