@@ -236,8 +236,8 @@ def note(found: QuantizedResult) -> str:
     recovered = "int4 lost nothing" if math.isnan(share) else f"that recovers {share:.0%} of it"
     return (
         "quantization: left float32, right quantized (the output layer and the embedding stay "
-        f"float; the encoder skips padding); held-out text; {second.steps} steps more in float32 give "
-        f"{second.losses[LONGER]:.4f}, {second.losses[ROUNDED]:.4f} once rounded to int4, and "
+        f"float; the encoder skips padding); held-out text; {second.steps} steps more in float32 "
+        f"give {second.losses[LONGER]:.4f}, {second.losses[ROUNDED]:.4f} once rounded to int4, and "
         f"with int4 in the loop {second.losses[TRAINED]:.4f}: {recovered}"
     )
 
