@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from fastllm.kernels.device import MAX_WARPS, multiprocessors, on
-from fastllm.kernels.tiles import tile_at
+from fastllm.kernels.tiles import activate, tile_at
 
 INT8, INT4, NF4, FP4, E4M3, E5M2, MXFP8 = range(7)
 
@@ -110,6 +110,7 @@ def _quant_matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     # Program (t, s) owns tile t of y and slice s of K
     tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
@@ -160,6 +161,7 @@ def _quant_matmul_kernel(
             value = value * tl.load(token_scales_ptr + row, mask=row < M, other=0)[:, None]
         if bias_ptr is not None:
             value += tl.load(bias_ptr + col, mask=col < N, other=0).to(tl.float32)[None, :]
+        value = activate(value, ACTIVATION)
         tl.store(y_ptr + out, value.to(y_ptr.dtype.element_ty), mask=keep)
 
 
@@ -173,6 +175,7 @@ def _add_slices_kernel(
     N,
     SPLIT_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     # Program (m, t) owns block t of token m
     row = tl.program_id(0).to(tl.int64)
@@ -185,6 +188,7 @@ def _add_slices_kernel(
         value = value * tl.load(token_scales_ptr + row)
     if bias_ptr is not None:
         value += tl.load(bias_ptr + col, mask=mask, other=0).to(tl.float32)
+    value = activate(value, ACTIVATION)
     tl.store(y_ptr + row * N + col, value.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -290,13 +294,14 @@ def quant_matmul(
     table=None,
     token_scales=None,
     dtype=None,
+    activation=None,
     config=None,
 ):
-    """x W^T + b [M, N] for x [M, K] of floats, or of int8 with token_scales [M].
+    """act(x W^T + b) [M, N] for x [M, K] of floats, or of int8 with token_scales [M].
 
     codes [N, K] bytes, or [N, ceil(K / 2)] with two a byte; scales as fastllm.ops.quant.layout has
     them, group a multiple of 32 or 0, -1, -b; table [16] float32: what nf4 and fp4 codes stand for;
-    dtype: of the result where x is int8.
+    dtype: of the result where x is int8; activation: a name of tiles.ACTIVATIONS.
     """
     m, n = x.shape[0], codes.shape[0]
     integer = token_scales is not None
@@ -321,11 +326,13 @@ def quant_matmul(
             out, m, n, k, x.stride(0), codes.stride(0), scale_row,
             KIND=kind, GROUP=stretch, SCALE_BLOCK=block, INTEGER=integer, PARTIAL=not last,
             SPLIT_K=split, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            PRECISION="ieee", num_warps=min(config.warps, MAX_WARPS), num_stages=config.stages,
+            PRECISION="ieee", ACTIVATION=activation if last else None,
+            num_warps=min(config.warps, MAX_WARPS), num_stages=config.stages,
         )  # fmt: skip
         if not last:
             width = 1024
             _add_slices_kernel[(m, triton.cdiv(n, width))](
-                out, bias, token_scales, y, m, n, SPLIT_K=split, BLOCK_N=width
-            )
+                out, bias, token_scales, y, m, n, SPLIT_K=split, BLOCK_N=width,
+                ACTIVATION=activation,
+            )  # fmt: skip
     return y

@@ -100,7 +100,7 @@ def test_layers_of_quant_prove_themselves_against_the_dense_one():
         assert subject.scenarios[0].wrong("cpu") is None
     other = layers._wrong((8, 64, 32), torch.float32, lambda a: torch.nn.Linear(64, 32), "cpu")
     assert "off the dense layer's" in other
-    shape = (256, 512, 512)
+    shape = (512, 512, 512)
     for make, directions in (
         (layers.sparse, (layers.FORWARD,)),
         (layers.trained, (layers.FORWARD, layers.TRAINING)),

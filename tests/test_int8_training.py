@@ -147,6 +147,7 @@ def test_calls_that_would_not_gain_are_those_of_a_linear(monkeypatch):
     assert torch.equal(layer(x), wanted)
     large, wide = torch.randn(1024, 1024), torch.randn(512, 1024)
     assert worth(large, wide) == int8_training._DOTS
+    assert not worth(large[:256, :512], wide[:, :512])
     assert not worth(large.bfloat16(), wide.bfloat16()) and not worth(large[:64], wide)
     with torch.autocast("cpu", BF16):
         assert not worth(large, wide)

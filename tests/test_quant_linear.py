@@ -90,6 +90,8 @@ def test_errors_name_the_argument():
         quant_linear(x, codes, scales, code=INT8, group=0, activations="static")
     with pytest.raises(ValueError, match="activations"):
         quant_linear(x, codes, scales, code=INT8, group=0, activations="rounded")
+    with pytest.raises(ValueError, match=r"activation: expected one of gelu.*found 'tanh'"):
+        quant_linear(x, codes, scales, code=INT8, group=0, activation="tanh")
     with pytest.raises(ValueError, match="k: expected"):
         quant_linear(x[:, :5], codes, scales, code=INT8, group=0)
     narrow, own, _ = packed(8, 60, INT8, 20)
@@ -137,6 +139,7 @@ def launches(tokens, code, group, integer, dtype):
         yield from record(qm.quantize_tokens, x)
         x, token_scales = meta(tokens, k, dtype=torch.int8), meta(tokens, dtype=FP32)
     named = {"table": table, "token_scales": token_scales, "dtype": dtype}
+    named["activation"] = "gelu" if integer else "silu" if two else None
     zeros = scales if code == INT4 and tokens == 64 else None
     yield from record(qm.quant_matmul, x, codes, scales, zeros, bias, code, group, k, **named)
 

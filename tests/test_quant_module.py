@@ -169,3 +169,60 @@ def test_compile_in_one_graph(name, x):
     upstream = torch.randn_like(x)
     ours, theirs = (torch.autograd.grad(m(x), x, upstream)[0] for m in (compiled, model))
     assert sqnr(theirs, ours) > 60
+
+
+# ---- the activation behind it
+
+
+class Feed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(48, 144), nn.GELU(), nn.Linear(144, 48)
+
+    def forward(self, x):
+        return self.down(self.act(self.up(x)))
+
+
+def by_layers(model, x):
+    """The definition, layer by layer."""
+    return model.down(nn.functional.gelu(model.up(x)))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The activations that QuantLinear was asked for."""
+    asked, own = [], QuantLinear.activated
+
+    def activated(self, input, activation=None):
+        asked.append(activation)
+        return own(self, input, activation)
+
+    monkeypatch.setattr(QuantLinear, "activated", activated)
+    return asked
+
+
+@pytest.mark.parametrize("config", ["int8", "int4", Config("int8", "int8", outliers=2.0)])
+def test_swap_fuses_the_activation_behind_codes(config, seen, x):
+    model = Feed().eval()
+    fastllm.quantize(model, config, calibrate=x)
+    with torch.no_grad():
+        before = model(x)
+        handle = fastllm.swap(model)
+        seen.clear()
+        assert torch.allclose(model(x), before, rtol=1e-3, atol=1e-4)
+        assert seen == ["gelu", None]
+        taken = []
+        hook = model.up.register_forward_hook(lambda m, args, out: taken.append(out))
+        model(x)  # who watches a layer sees that layer's output
+        assert seen[2:] == [None, None] and taken[0].min() < -0.5
+        hook.remove()
+        seen.clear()
+        many = torch.randn(500, 48)  # exponentials of many numbers are torch's own
+        assert torch.allclose(model(many), by_layers(model, many), rtol=1e-3, atol=1e-4)
+        assert seen[:2] == [None, None]
+    y = model(x.requires_grad_())  # with gradients nothing is multiplied twice
+    assert "gelu" not in seen
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    handle.restore()
+    (wanted,) = torch.autograd.grad(model(x).sum(), x)
+    assert torch.allclose(dx, wanted, rtol=1e-3, atol=1e-4)

@@ -21,7 +21,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 # (tokens, in_features, out_features)
 SPARSE = tuple((tokens, 4096, 4096) for tokens in (1, 4, 8, 16, 64))
-TRAINED = ((256, 512, 512), (512, 1024, 1024), (512, 4096, 4096), (2048, 1024, 4096))
+TRAINED = ((256, 1024, 1024), (512, 1024, 1024), (512, 4096, 4096), (2048, 1024, 4096))
 
 
 def dense(k: int, n: int, dtype: torch.dtype, device: str) -> nn.Linear:
@@ -98,7 +98,7 @@ def _wrong(shape: tuple[int, int, int], dtype: torch.dtype, make: Make, device: 
     """Whether a layer made from the dense one computes what that does, to int8's exactness."""
     k, n = (min(512, size) for size in shape[1:])
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(256, k, generator=generator).to(device, dtype)
+    x = torch.randn(512, k, generator=generator).to(device, dtype)
     layer = dense(k, n, dtype, device)
     with torch.no_grad():
         wanted = layer(x).double()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastllm.core.instances import assign
 from fastllm.ops import quant as ops
+from fastllm.ops.matmul.reference import activate
 from fastllm.ops.quant.layout import KINDS, codes_dtype
 from fastllm.ops.quant_linear import quant_linear
 from fastllm.quant.formats import Format, parse
@@ -45,6 +46,7 @@ class QuantLinear(nn.Linear):
     """
 
     backend: str | None = None
+    _fastllm_fuses = True  # swap's blocks call `activated`
     format: Format
     activations: int  # a position in ACTIVATIONS
     transposed: bool  # it was a Conv1D
@@ -93,6 +95,10 @@ class QuantLinear(nn.Linear):
         return made
 
     def forward(self, input: Tensor) -> Tensor:
+        return self.activated(input)
+
+    def activated(self, input: Tensor, activation: str | None = None) -> Tensor:
+        """activation(forward(input)) in one pass: None, or what functional.linear takes."""
         held: Any = self._buffers  # attributes of modules are slow, and a token passes many layers
         scale, outliers = held["input_scale"], held["outliers"]
         made = quant_linear(
@@ -105,12 +111,14 @@ class QuantLinear(nn.Linear):
             group=self.format.group,
             activations=self.activations,
             act_scale=held["act_scale"],
+            activation=activation if outliers is None else None,
             backend=self.backend,
         )
         if outliers is None:
             return made
         kept = self.outlier_weight.to(input.dtype)
-        return made + nn.functional.linear(input[..., outliers], kept).to(made.dtype)
+        made = made + nn.functional.linear(input[..., outliers], kept).to(made.dtype)
+        return activate(made, activation)
 
     def float_scales(self) -> Tensor:
         """The scales as the ops take them."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastllm.nn.hooks import observed
-from fastllm.nn.mlp import activated, gated, glu, weight_of
+from fastllm.nn.mlp import activated, fuses, gated, glu, weight_of
 from fastllm.nn.worth import worth, worth_a_pass
 from fastllm.swap.activations import activation_of
 from fastllm.swap.bare import rename_argument
@@ -73,6 +73,8 @@ class MLP:
         less, an activation on its own is one only inside of a product that is ours."""
         if self.kind in ("gated", "packed"):
             return worth_a_pass(x, self.wide)
+        if fuses(children[self.inner[0]], x, self.activation):
+            return True
         weight = weight_of(children[self.inner[0]])
         return weight is not None and worth(x, weight)
 

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "cpu/kernels/gemm.h"
+
 namespace fastllm::qgemm {
 
 // What a code stands for: fastllm/ops/quant/layout.py's KINDS.
@@ -23,7 +25,7 @@ struct Weight {
   int64_t scale_row, scale_block, group;
 };
 
-// out = x w^T + bias, [m, n]; sums in fp32 (int32 for int8 activations), rounded once.
+// out = activation(x w^T + bias), [m, n]; sums in fp32 (int32 for int8 activations), rounded once.
 struct Product {
   int dtype, activations;  // dtype of x, bias and out: types.h
   const void* x;           // m rows of k adjacent numbers
@@ -31,6 +33,7 @@ struct Product {
   Weight w;
   const void* bias;  // [n] or null
   float act_scale;   // of all tokens, for kStatic
+  int activation;    // gemm.h's
   void* out;         // m rows of n adjacent numbers
   int threads;
 };

@@ -8,6 +8,8 @@
 #include "cpu/simd/amx_bytes.h"
 #endif
 
+#include "cpu/kernels/activate.inl"
+
 #include "cpu/kernels/gemm_pack.inl"
 
 #include "cpu/kernels/qgemm_decode.inl"

@@ -202,6 +202,7 @@ struct Blocks {
           Vec v = block[i] * scale;
           if (E::kInteger) v = v * set1(token_scales[j + i]);
           if (p.bias) v = v + bias;
+          if (p.activation) v = activate<false>(p.activation, v).value;
           T* to = (T*)p.out + (token + j + i) * p.w.n + from + n;
           if (lanes == W)
             put_quick<false>(to, v, All{});

@@ -109,6 +109,7 @@ struct Many {
       const IntVec sum = load_words(sums + (i / W * 2 * W + h * W + i % W) * W);
       Vec v = to_float(sum) * load(number + h * W) * set1(scale[i]);
       if (p.bias) v = v + load(number + rows + h * W);
+      if (p.activation) v = activate<false>(p.activation, v).value;
       put_quick<false>(to + i * p.w.n + h * W, v, lanes);
     };
     if (columns == kPanel) {

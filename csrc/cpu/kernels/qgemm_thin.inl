@@ -203,6 +203,7 @@ INLINE void finish_thin(const Product& p, const float* sums, i64 from, i64 count
       const int n = int(least(W, count - j));
       Vec v = load(sums + m * kThinRows + j);
       if (p.bias) v = v + load((const T*)p.bias + from + j, n);
+      if (p.activation) v = activate<false>(p.activation, v).value;
       store((T*)p.out + m * p.w.n + from + j, v, n);
     }
 }

@@ -89,7 +89,9 @@ def compare(
 def compare_encoders(
     count: int, batch: int, seconds: float, device: str, tick: Callable[[float], Any] | None = None
 ) -> EncoderResult:
-    """Encodes the same sentences in float32 as it came, and quantized and swapped, in turns."""
+    """Encodes the same sentences in turns: in float32 as it came; quantized and swapped, where it
+    skips the padding of a batch.
+    """
     model, tokenizer = encoder.load(device)
     stock = copy.deepcopy(model)
     groups = batches(sentences(count), batch)
@@ -98,7 +100,7 @@ def compare_encoders(
         for g in groups
     ]
     handle = quantize(model, QUANTIZED, progress=False)
-    swap(model)
+    swap(model, unpad=True)
     models = {FLOAT: stock, QUANTIZED: model}
     found = interleave(
         {name: encoder._factory(m, inputs) for name, m in models.items()},
@@ -234,8 +236,8 @@ def note(found: QuantizedResult) -> str:
     recovered = "int4 lost nothing" if math.isnan(share) else f"that recovers {share:.0%} of it"
     return (
         "quantization: left float32, right quantized (the output layer and the embedding stay "
-        f"float); held-out text; {second.steps} steps more in float32 give "
-        f"{second.losses[LONGER]:.4f}, {second.losses[ROUNDED]:.4f} once rounded to int4, and "
+        f"float; the encoder skips padding); held-out text; {second.steps} steps more in float32 "
+        f"give {second.losses[LONGER]:.4f}, {second.losses[ROUNDED]:.4f} once rounded to int4, and "
         f"with int4 in the loop {second.losses[TRAINED]:.4f}: {recovered}"
     )
 

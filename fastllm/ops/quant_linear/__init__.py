@@ -37,9 +37,10 @@ def quant_linear(
     group: int,
     activations: str | int = "float",
     act_scale: Tensor | None = None,
+    activation: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """input W^T + bias, where W = dequantize(codes, scales, zeros, code, group).
+    """activation(input W^T + bias), where W = dequantize(codes, scales, zeros, code, group).
 
     input        [*, K] float32, bfloat16, float16 (float64 in plain torch)
     codes        [N, K], or [N, ceil(K / 2)] with two codes a byte; scales, zeros, code and group as
@@ -47,6 +48,8 @@ def quant_linear(
     bias         [N] of input's dtype, or None; added in float32
     activations  "float": input as it is. "dynamic" (int8 and int4 weights): each token rounded to
                  int8 with the scale max |x| / 127. "static": with `act_scale`
+    activation   None, or what fastllm.functional.linear takes: "gelu", "gelu_tanh", "silu", ...;
+                 in the same pass, before the only rounding
     backend      forces one of fastllm's backends for this call
 
     Returns [*, N] in input's dtype. Input and bias have gradients (rounded activations: straight
@@ -55,13 +58,10 @@ def quant_linear(
     `backend` cannot serve the call.
     """
     mode = spec.ACTIVATIONS.get(activations, -1) if isinstance(activations, str) else activations
+    rest = act_scale, code, group, mode, activation
     kind = casting(input)
     if kind is not None:
         input, bias = cast(kind, input, bias)
         with torch.autocast(kind, enabled=False):
-            return quant_linear_op(
-                input, codes, scales, zeros, bias, act_scale, code, group, mode, backend=backend
-            )
-    return quant_linear_op(
-        input, codes, scales, zeros, bias, act_scale, code, group, mode, backend=backend
-    )
+            return quant_linear_op(input, codes, scales, zeros, bias, *rest, backend=backend)
+    return quant_linear_op(input, codes, scales, zeros, bias, *rest, backend=backend)

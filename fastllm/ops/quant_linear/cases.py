@@ -80,6 +80,16 @@ def _test() -> Iterator[Case]:
     ):
         yield _case(shape, form, dtype, bias=dtype != FP16, tags={"quick"})
     yield _case((200, 300, 140), FORMATS[1], FP32, bias=True, values="nan", tags={"adversarial"})
+    # activations after each way of computing: a token, a block, the weight turned, 16-bit tiles
+    ways = (
+        ((2, 256, 40), FORMATS[7], BF16, "gelu"), ((1, 256, 40), FORMATS[1], FP32, "silu"),
+        ((33, 96, 65), FORMATS[1], FP32, "gelu"), ((140, 96, 65), FORMATS[1], FP32, "gelu"),
+        ((140, 96, 65), FORMATS[2], BF16, "gelu_tanh"), ((140, 96, 65), FORMATS[4], FP16, "silu"),
+        ((33, 96, 65), FORMATS[9], FP16, "relu2"), ((17, 300, 33), FORMATS[13], FP32, "relu"),
+        ((33, 96, 65), FORMATS[0], BF16, "gelu"), ((3, 0, 4), FORMATS[0], FP32, "gelu"),
+    )  # fmt: skip
+    for shape, form, dtype, activation in ways:
+        yield _case(shape, form, dtype, bias=True, activation=activation, tags={"quick"})
     yield _case((2, 140000, 3), FORMATS[1], FP32, bias=False, tags={"quick"})  # past int32
     yield _case((6, 140000, 3), FORMATS[1], FP32, bias=False, tags={"quick"})
 
@@ -93,6 +103,7 @@ def _case(
     layout: str = "contiguous",
     values: str = "normal",
     spare: bool = False,
+    activation: str | None = None,
     tags: set[str],
 ) -> Case:
     m, k, n = shape
@@ -112,11 +123,13 @@ def _case(
         codes, scales, zeros = quant.quantize(w, code, group, symmetric)
         b = torch.randn(n, generator=generator).to(dtype) if bias else None
         given = torch.tensor([0.03]) if activations == STATIC or spare else None
-        return x, codes, scales, None if symmetric else zeros, b, given, *form[:2], activations
+        rest = (b, given, *form[:2], activations, activation)
+        return x, codes, scales, None if symmetric else zeros, *rest
 
     mode = ("", "-dynamic", "-static")[activations]
     kind = KINDS[code] + "-asym" * (not symmetric)
     name = f"{'x'.join(map(str, shape))}-{NAMES[dtype]}-{kind}-g{group}{mode}" + "-bias" * bias
+    name += f"-{activation}" if activation else ""
     name += "-spare" * spare + f"-{layout}" * (layout != "contiguous")
     name += f"-{values}" * (values != "normal")
     return Case(name, dtype, build, frozenset(tags))

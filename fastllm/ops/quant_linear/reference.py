@@ -1,59 +1,55 @@
 """quant_linear in plain torch: any float dtype, differentiable, in float64 the oracle."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastllm.ops.matmul.reference import activate, derivative
 from fastllm.ops.quant import reference as quant
-from fastllm.ops.quant_linear.spec import FLOAT
+from fastllm.ops.quant_linear.spec import FLOAT, Terms
 
 
-def quant_linear(
-    input: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    act_scale: Tensor | None,
-    code: int,
-    group: int,
-    activations: int,
-) -> Tensor:
-    """x W^T + b with W = dequantized codes, x rounded to int8 a token where asked for."""
-    x = _wide(input)
-    w = weight(codes, scales, zeros, code, group, x.shape[-1], x.dtype)
-    if activations == FLOAT:
+def quant_linear(input: Tensor, *rest: Any) -> Tensor:
+    """act(x W^T + b) with W = dequantized codes, x rounded to int8 a token where asked for."""
+    terms, x = Terms(*rest), _wide(input)
+    w = weight(*terms.weight, x.shape[-1], x.dtype)
+    if terms.activations == FLOAT:
         y = x @ w.t()
     else:
-        rounded, scale = quantize_tokens(x, act_scale)
+        rounded, scale = quantize_tokens(x, terms.act_scale)
         y = (rounded @ w.t()) * scale
         if x.requires_grad:  # straight through the rounding
             plain = x @ w.t()
             y = y.detach() + (plain - plain.detach())
-    y = y if bias is None else y + bias.to(y.dtype)
-    return y.to(input.dtype)
+    y = y if terms.bias is None else y + terms.bias.to(y.dtype)
+    return activate(y, terms.activation).to(input.dtype)
 
 
 def quant_linear_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    act_scale: Tensor | None,
-    code: int,
-    group: int,
-    activations: int,
-    needs: tuple[bool, ...],
+    grad_output: Tensor, input: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    """dx = dy W, as if the activations had not been rounded; db = sum dy."""
-    dy, dx, db = _wide(grad_output), None, None
+    """dz = dy act'(z); dx = dz W, as if the activations had not been rounded; db = sum dz."""
+    *given, needs = rest
+    terms, dz, dx, db = Terms(*given), _wide(grad_output), None, None
+    if terms.activation is not None:
+        dz = grad_pre(quant_linear, grad_output, input, terms)
     if needs[0]:
-        w = weight(codes, scales, zeros, code, group, input.shape[-1], dy.dtype)
-        dx = (dy @ w).to(input.dtype)
-    if needs[1] and bias is not None:
-        db = dy.reshape(-1, dy.shape[-1]).sum(0).to(bias.dtype)
+        w = weight(*terms.weight, input.shape[-1], dz.dtype)
+        dx = (dz @ w).to(input.dtype)
+    if needs[1] and terms.bias is not None:
+        db = dz.reshape(-1, dz.shape[-1]).sum(0).to(terms.bias.dtype)
     return dx, db
+
+
+def grad_pre(
+    product: Callable[..., Tensor], grad_output: Tensor, input: Tensor, terms: Terms
+) -> Tensor:
+    """dy act'(z) with z = x W^T + b, computed again by `product`; float32 of 16-bit tensors."""
+    bias = None if terms.bias is None else _wide(terms.bias)
+    z = product(_wide(input), *terms._replace(bias=bias, activation=None))
+    return _wide(grad_output) * derivative(z, terms.activation)
 
 
 def weight(

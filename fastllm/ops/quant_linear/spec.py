@@ -1,12 +1,13 @@
 """The contract of quant_linear: schema, checks, shapes of results, cost."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastllm.core.cases import Cost
 from fastllm.core.op import Schema, describe
+from fastllm.ops.matmul.spec import check_activation
 from fastllm.ops.quant import layout
 from fastllm.ops.quant.spec import check_dequantize
 
@@ -16,7 +17,7 @@ ACTIVATIONS = {"float": FLOAT, "dynamic": DYNAMIC, "static": STATIC}
 
 _PARAMS = (
     "Tensor input, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? act_scale, "
-    "int code, int group, int activations"
+    "int code, int group, int activations, str? activation"
 )
 SCHEMA = Schema(
     params=_PARAMS,
@@ -24,21 +25,33 @@ SCHEMA = Schema(
     backward_params=f"Tensor grad_output, {_PARAMS}",
     backward_returns="(Tensor, Tensor)",
 )
+
+
+class Terms(NamedTuple):
+    """What makes the layer of an input: the op's other arguments, in order."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bias: Tensor | None
+    act_scale: Tensor | None
+    code: int
+    group: int
+    activations: int
+    activation: str | None = None
+
+    @property
+    def weight(self) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
+        """What the weight is: codes, scales, zeros, code and group."""
+        return self.codes, self.scales, self.zeros, self.code, self.group
+
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check(
-    input: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    act_scale: Tensor | None,
-    code: int,
-    group: int,
-    activations: int,
-) -> None:
+def check(input: Tensor, *rest: Any) -> None:
     """Raises ValueError or TypeError that names the argument."""
+    codes, scales, zeros, bias, act_scale, code, group, activations, activation = rest
     if not isinstance(input, Tensor):
         raise TypeError(f"input: expected a Tensor, found {type(input).__name__}")
     if input.dtype not in FLOATS:
@@ -64,6 +77,7 @@ def check(
         )
     if act_scale is not None and (act_scale.numel() != 1 or not act_scale.is_floating_point()):
         raise ValueError(f"act_scale: expected one number, found {describe(act_scale)}")
+    check_activation(activation, optional=True)
     for name, value in (("codes", codes), ("scales", scales), ("zeros", zeros), ("bias", bias)):
         if value is not None and value.device != input.device:
             raise ValueError(f"{name}: expected it on {input.device}, found {describe(value)}")

@@ -12,7 +12,7 @@ from fastllm.ops.matmul.triton import available
 from fastllm.ops.matmul.triton import supports as supports_input
 from fastllm.ops.quant.layout import KINDS, TABLES
 from fastllm.ops.quant_linear import reference, triton_cuts
-from fastllm.ops.quant_linear.spec import FLOAT
+from fastllm.ops.quant_linear.spec import FLOAT, Terms
 
 
 def _kernels() -> Any:
@@ -26,83 +26,60 @@ def _table(code: int, device: torch.device) -> Tensor | None:
     return None if values is None else torch.tensor(values, device=device)
 
 
-def quant_linear(
-    input: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    act_scale: Tensor | None,
-    code: int,
-    group: int,
-    activations: int,
-) -> Tensor:
+def quant_linear(input: Tensor, *rest: Any) -> Tensor:
+    terms = Terms(*rest)
+    codes, scales, zeros, code, group = terms.weight
     k, n = input.shape[-1], codes.shape[0]
     shape = (*input.shape[:-1], n)
     if k == 0:
-        zero = input.new_zeros(shape)
-        return zero if bias is None else zero + bias
+        return reference.quant_linear(input, *rest)
     x = input.reshape(-1, k)
     x = x if x.stride(1) == 1 else x.contiguous()
     codes = codes if codes.stride(1) == 1 else codes.contiguous()
     zeros = None if zeros is None or not zeros.numel() else zeros.contiguous()
     run, token_scales = _kernels(), None
-    if activations != FLOAT:
-        given = None if act_scale is None else act_scale.to(input.device, torch.float32)
+    if terms.activations != FLOAT:
+        given = terms.act_scale
+        given = None if given is None else given.to(input.device, torch.float32)
         x, token_scales = run.quantize_tokens(x, given)
     y = run.quant_matmul(
         x,
         codes,
         scales.contiguous(),
         zeros,
-        None if bias is None else bias.contiguous(),
+        None if terms.bias is None else terms.bias.contiguous(),
         code,
         group,
         k,
         table=_table(code, input.device),
         token_scales=token_scales,
         dtype=input.dtype,
+        activation=terms.activation,
         config=triton_cuts.pick(x, n, code, group, input.dtype),
     )
     return y.view(shape)
 
 
 def quant_linear_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    act_scale: Tensor | None,
-    code: int,
-    group: int,
-    activations: int,
-    needs: tuple[bool, ...],
+    grad_output: Tensor, input: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
     """(grad_input, grad_bias): the weight is dequantized, the product is torch's."""
-    n, k = codes.shape[0], input.shape[-1]
-    dy, dx, db = grad_output.reshape(-1, n), None, None
+    *given, needs = rest
+    terms, k = Terms(*given), input.shape[-1]
+    if terms.activation is not None:
+        grad_output = reference.grad_pre(quant_linear, grad_output, input, terms)
+    dy, dx, db = grad_output.reshape(-1, terms.codes.shape[0]), None, None
     if needs[0]:
-        w = reference.weight(codes, scales, zeros, code, group, k, input.dtype)
-        dx = torch.mm(dy, w).view(input.shape)
-    if needs[1] and bias is not None:
-        db = dy.sum(0)
+        w = reference.weight(*terms.weight, k, dy.dtype)
+        dx = torch.mm(dy, w).view(input.shape).to(input.dtype)
+    if needs[1] and terms.bias is not None:
+        db = dy.sum(0).to(terms.bias.dtype)
     return dx, db
 
 
-def supports(
-    input: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    act_scale: Tensor | None,
-    code: int,
-    group: int,
-    activations: int,
-) -> str | None:
+def supports(input: Tensor, *rest: Any) -> str | None:
     """Why these arguments are not served, or None."""
+    codes, scales, code, group = rest[0], rest[1], rest[5], rest[6]
     if abs(group) > 1 and group % 32:
         return f"{KINDS[code]} in groups of {group}: no multiple of 32"
     if scales.dtype == torch.float64:

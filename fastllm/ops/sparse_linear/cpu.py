@@ -64,7 +64,7 @@ def sparse_linear_backward(
     if needs[0] and scales is not None:
         unit = scales.unsqueeze(1)
         codes = expand(values, kept, k)
-        dx = quantized._grad_input(dy, codes, unit, None, INT8, 0, k, input.dtype)
+        dx = quantized.grad_input(dy, (codes, unit, None, INT8, 0), k, input.dtype)
     elif needs[0]:
         dx = torch.mm(dy, expand(values, kept, k))
     dx = None if dx is None else dx.view(input.shape)
