@@ -8,7 +8,10 @@ import torch
 from fastllm import _C
 from fastllm.core.proof import prove
 from fastllm.functional import attention_with_kv_cache, scaled_dot_product_attention
+from fastllm.ops import quant
 from fastllm.ops.attention import cases, ops
+from fastllm.ops.attention.quantized import Codes
+from fastllm.quant.formats import parse
 
 # across two borders of what a task reads, with widths that fill no vector
 SIZES = (1, 4, 2, 3, 1100, 40, 72)
@@ -43,6 +46,33 @@ def test_every_mask_across_tasks(case, level):
 def test_every_cache_across_tasks(case, level):
     made = prove(ops.attention_cache_op, case, "cpu")
     assert made.ok, made.message
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("forms", cases.CODED[:5], ids=str)
+def test_codes_across_tasks(forms, dtype, level):
+    """More rows than a block of queries has, by a width that fills no vector of bytes."""
+    for sizes in ((1, 5, 1, 2, 1100, 136, 72, 0), (2, 6, 2, 1, 600, 128, 128, 48)):
+        case = cases.coded(cases._cached(sizes, dtype, "sinks"), *forms)
+        made = prove(ops.attention_quantized_op, case, "cpu")
+        assert made.ok, made.message
+
+
+@pytest.mark.parametrize("name", ["int8", "int4_row", "int4_asym_g32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_that_is_no_number_stays_in_its_sequence(name, dtype, level):
+    k, v = torch.randn(3, 2, 70, 64), torch.randn(3, 2, 70, 64)
+    k[0, 1, 3], v[1, 0, 4] = torch.nan, torch.inf
+    query, used = torch.randn(3, 4, 1, 64).to(dtype), torch.full((3,), 70, dtype=torch.int32)
+    form = parse(name)
+    caches = []
+    for x in (k, v):
+        codes, scales, zeros = quant.quantize(x, form.code, form.group, form.symmetric)
+        zeros = None if form.symmetric else zeros
+        caches.append(Codes(codes, scales, zeros, form.code, form.group, 64))
+    out = attention_with_kv_cache(query, *caches, used, backend="cpu")
+    lost = out.isnan().any(-1).flatten(1)
+    assert lost.tolist() == [[False, False, True, True], [True, True, False, False], [False] * 4]
 
 
 def test_threads_change_nothing(level):

@@ -26,10 +26,11 @@ void dequantize(int dtype, int kind, int scale_type, ptr codes, ptr scales, ptr 
 
 void bind_quant(py::module_& m) {
   def_kernel<quantize>(m, "quantize",
-                       "dtype, kind, input, codes, scales, zeros, rows, cols, group, height, threads");
+                       "dtype, kind, input, codes, scales, zeros, rows, cols, group, height, "
+                       "threads");
   def_kernel<dequantize>(m, "dequantize",
-                         "dtype, kind, scale_type, codes, scales, zeros, output, rows, cols, group, "
-                         "height, threads");
+                         "dtype, kind, scale_type, codes, scales, zeros, output, rows, cols, "
+                         "group, height, threads");
 }
 
 }  // namespace fastllm::bindings

@@ -15,6 +15,10 @@
 
 #include "cpu/kernels/attention_decode_steps.inl"
 
+#if defined(FASTLLM_DOTS)
+#include "cpu/kernels/attention_decode_digits.inl"
+#endif
+
 #include "cpu/kernels/attention_decode.inl"
 
 #include "cpu/kernels/attention_gradients.inl"

@@ -1,7 +1,23 @@
 // Few queries against many keys: keys and values are read where they lie, once for all queries of
 // their head, by tasks that each have a stretch of them; what these found is merged in order.
 
-constexpr i64 kFewQueries = 16, kStretch = 512;  // rows; keys of a task
+constexpr i64 kStretch = 512;  // keys of a task
+
+INLINE Reader reader(const Codes& codes, int dtype) {
+  const bool grouped = codes.groups > 1 || codes.zeros.data;
+#if defined(FASTLLM_DOTS)
+  if (!grouped && dtype != kFloat32) {
+    if (codes.kind == kByteCodes) return digits_of<DigitBytes>(8);
+    if (codes.kind == kNibbleCodes) return digits_of<DigitNibbles>(4);
+  }
+#endif
+  if (codes.kind == kByteCodes)
+    return grouped ? reader_of<ByteCodes<true>>(8) : reader_of<ByteCodes<false>>(8);
+  if (codes.kind == kNibbleCodes)
+    return grouped ? reader_of<NibbleCodes<true>>(4) : reader_of<NibbleCodes<false>>(4);
+  if (dtype == kFloat32) return reader_of<Numbers<float>>(32);
+  return dtype == kBFloat16 ? reader_of<Numbers<bf16>>(16) : reader_of<Numbers<f16>>(16);
+}
 
 // Keys or values as they are read: how, and where.
 struct Stored {
@@ -11,11 +27,11 @@ struct Stored {
   i64 width, padded, room;  // numbers of a row, also in whole blocks; floats of a step's scales
   Stored(const Rows& rows_, const Codes& codes_, i64 width_, int dtype)
       : read(reader(codes_, dtype)), rows(rows_), codes(codes_), width(width_) {
-    padded = ceil_div(width, read.parts * W) * read.parts * W;
+    padded = ceil_div(width, read.block) * read.block;
     room = codes.kind == kPlain ? 0 : ceil_div(kGlance * codes.groups, W) * W;
   }
   i64 bytes(i64 numbers) const { return ceil_div(numbers * read.bits, 8); }
-  i64 step() const { return read.parts == 2 ? rows.row : bytes(rows.row); }
+  i64 step() const { return codes.kind == kPlain ? bytes(rows.row) : rows.row; }
 };
 
 struct Decode {
@@ -145,19 +161,19 @@ struct Decode {
     sum += hsum(total);
   }
 
-  // Row `i` of the queries as the keys' parts are read.
+  // Row `i` of the queries as the keys are read.
   void lay_query(const Sequence& q, i64 g, i64 i, float* out) const {
     with_type(c.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       const T* from = row_at<T>(c.q, q, head_of(g, i), place_of(i));
-      for (i64 at = 0; at < k.padded; at += k.read.parts * W) {
-        float all[2 * W] = {};
-        for (i64 d = at; d < least(c.d, at + k.read.parts * W); d += W)
+      for (i64 at = 0; at < k.padded; at += k.read.block) {
+        float all[kMostBlock] = {};
+        for (i64 d = at; d < least(c.d, at + k.read.block); d += W)
           store(all + d - at, c.d - d >= W ? load(from + d) : load(from + d, int(c.d - d)));
-        for (int l = 0; l < k.read.parts * W; ++l)
-          out[at + l % k.read.parts * W + l / k.read.parts] = all[l];
+        for (int i = 0; i < k.read.block; ++i) out[at + k.read.query_place(i)] = all[i];
       }
     });
+    if (k.read.prepare) k.read.prepare(out, k.padded);
   }
 
   // found: bases [rows], sums [rows], outputs [rows][width].
@@ -237,12 +253,11 @@ struct Decode {
     };
     with_type(c.dtype, [&](auto* type) {
       auto* to = row_at<std::remove_pointer_t<decltype(type)>>(c.out, q, h, i);
-      for (i64 at = 0; at < width; at += v.read.parts * W) {
-        float lanes[2 * W], all[2 * W];
-        for (int p = 0; p < v.read.parts; ++p) store(lanes + p * W, numbers(at + p * W));
-        for (int l = 0; l < v.read.parts * W; ++l)
-          all[l] = lanes[l % v.read.parts * W + l / v.read.parts];
-        for (i64 d = at; d < least(c.dv, at + v.read.parts * W); d += W)
+      for (i64 at = 0; at < width; at += v.read.block) {
+        float lanes[kMostBlock], all[kMostBlock];
+        for (i64 d = 0; d < v.read.block; d += W) store(lanes + d, numbers(at + d));
+        for (int i = 0; i < v.read.block; ++i) all[i] = lanes[v.read.sum_place(i)];
+        for (i64 d = at; d < least(c.dv, at + v.read.block); d += W)
           if (c.dv - d >= W)
             store(to + d, load(all + d - at));
           else

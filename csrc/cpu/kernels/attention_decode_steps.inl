@@ -1,7 +1,8 @@
 // A step of attention with few queries: their products with some keys, and sums of some values,
 // both read where they lie, as numbers or as codes that only registers see in full.
 
-constexpr i64 kGlance = 64;  // keys of a step
+constexpr i64 kFewQueries = 16, kGlance = 64;  // rows; keys of a step
+constexpr i64 kMostBlock = 128, kMostNumbers = 256;  // numbers read at a time; of a row
 constexpr int kTogether = W == 16 ? 4 : 2;  // queries that the registers hold at a time
 
 // What a step has: n keys, or values, of `width` numbers. Codes of groups come with scales and
@@ -194,24 +195,23 @@ APART void mix_step(const Step& s) {
   for (; i < s.rows; ++i) mix_rows<S, 1>(s, i);
 }
 
-// How keys and values of a kind are read.
+// How keys and values of a kind are read, `block` numbers at a time: a block's number i lies at
+// query_place(i) of a query and at sum_place(i) of a sum.
 struct Reader {
   void (*score)(const Step&);
   void (*mix)(const Step&);
-  int parts;
-  i64 bits;      // of a number as stored
-  bool grouped;  // else, of codes, one scale is for all of a row
+  void (*prepare)(float* query, i64 padded);  // or null
+  int (*query_place)(int);
+  int (*sum_place)(int);
+  i64 block, bits;  // bits of a number as stored
+  bool grouped;     // else, of codes, one scale is for all of a row
 };
 template <class S>
-constexpr Reader reader_of(i64 bits) {
-  return {score_step<S>, mix_step<S>, S::kParts, bits, S::kGrouped};
+int place(int i) {
+  return i % S::kParts * W + i / S::kParts;
 }
-INLINE Reader reader(const Codes& codes, int dtype) {
-  const bool grouped = codes.groups > 1 || codes.zeros.data;
-  if (codes.kind == kByteCodes)
-    return grouped ? reader_of<ByteCodes<true>>(8) : reader_of<ByteCodes<false>>(8);
-  if (codes.kind == kNibbleCodes)
-    return grouped ? reader_of<NibbleCodes<true>>(4) : reader_of<NibbleCodes<false>>(4);
-  if (dtype == kFloat32) return reader_of<Numbers<float>>(32);
-  return dtype == kBFloat16 ? reader_of<Numbers<bf16>>(16) : reader_of<Numbers<f16>>(16);
+template <class S>
+constexpr Reader reader_of(i64 bits) {
+  return {score_step<S>, mix_step<S>, nullptr, place<S>, place<S>, S::kParts * W, bits,
+          S::kGrouped};
 }

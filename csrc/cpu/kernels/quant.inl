@@ -36,8 +36,8 @@ INLINE void deal(i64 rows, i64 cols, i64 piece, i64 bytes, int threads, const F&
   if (rows == 0 || cols == 0) return;
   const i64 across = ceil_div(cols, piece), pieces = rows * across;
   threads = useful_threads(bytes, threads);
-  const i64 step =
-      threads == 1 ? pieces : most(most(1, kPiece / least(cols, piece)), ceil_div(pieces, 16 * threads));
+  const i64 least_step = most(1, kPiece / least(cols, piece));
+  const i64 step = threads == 1 ? pieces : most(least_step, ceil_div(pieces, 16 * threads));
   parallel_for(ceil_div(pieces, step), threads, [&](i64 task) {
     const i64 end = least(pieces, (task + 1) * step);
     for (i64 i = task * step; i < end; ++i) {

@@ -98,9 +98,10 @@ constexpr Table kNf4Values = {{-1.0f, -0.6961928009986877f, -0.5250730514526367f
                                0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f,
                                1.0f}};
 // In the order of their codes: a sign bit above eight magnitudes.
-constexpr Table kFp4Values = {{0.0f, float(0.0625 / 12), float(8.0 / 12), 1.0f, float(4.0 / 12), 0.5f,
-                               float(2.0 / 12), 0.25f, -0.0f, float(-0.0625 / 12), float(-8.0 / 12),
-                               -1.0f, float(-4.0 / 12), -0.5f, float(-2.0 / 12), -0.25f}};
+constexpr Table kFp4Values = {{0.0f, float(0.0625 / 12), float(8.0 / 12), 1.0f,
+                               float(4.0 / 12), 0.5f, float(2.0 / 12), 0.25f,
+                               -0.0f, float(-0.0625 / 12), float(-8.0 / 12), -1.0f,
+                               float(-4.0 / 12), -0.5f, float(-2.0 / 12), -0.25f}};
 // The codes of fp4's fifteen numbers by size, as floats: lookup reads nothing else.
 constexpr uint8_t kFp4Order[15] = {11, 10, 13, 12, 15, 14, 9, 0, 1, 6, 7, 4, 5, 2, 3};
 

@@ -159,10 +159,12 @@ INLINE bool make_scales(const Quantize& a, Chunk& c, i64 n, i64 at) {
       value = as_float(byte << 23), inverse = as_float((254u - byte) << 23);
     } else {
       if (kHasZero<C>)
-        value = rounded((const bf16*)nullptr, as_float(high) / set1(15.0f) + as_float(low) / set1(15.0f));
+        value = rounded((const bf16*)nullptr,
+                        as_float(high) / set1(15.0f) + as_float(low) / set1(15.0f));
       else if (kTwoSided<C>)
         value = rounded((const bf16*)nullptr,
-                        as_float(pick((Words)(high >= low), high | 0x80000000u, low)) * set1(0.125f));
+                        set1(0.125f) *
+                            as_float(pick((Words)(high >= low), high | 0x80000000u, low)));
       else
         value = as_float(high) / set1(C::kMost);
       inverse = set1(1.0f) / value;

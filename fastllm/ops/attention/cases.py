@@ -334,8 +334,8 @@ def _coded_bench() -> Iterator[Case]:
 
 
 def _coded() -> Iterator[Case]:
-    for dtype, forms in zip((FP32, BF16, FP64, FP32), CODED, strict=False):
-        yield coded(_cached((2, 4, 2, 2, 9, 8, 8, 3), dtype, "all", tags={"quick"}), *forms)
+    for dtype, pair in zip((FP32, BF16, FP64, FP32), CODED, strict=False):
+        yield coded(_cached((2, 4, 2, 2, 9, 8, 8, 3), dtype, "all", tags={"quick"}), *pair)
     forms, options = itertools.cycle(CODED), itertools.cycle(("plain", "sinks", "cap", "window"))
     # with a width that is odd, and fills no vector
     for sizes in (*CACHES, (2, 6, 2, 2, 150, 71, 45, 0)):

@@ -49,24 +49,24 @@ def attention_with_kv_cache(
     arguments that do not fit, before anything is written: a cache without room is found on the CPU;
     on a GPU, which would have to wait, what has no room is not written.
     """
+    spec.require_tensors(query=query)
     coded = not (isinstance(k_cache, Tensor) or isinstance(v_cache, Tensor))
     if coded:
         k_cache, v_cache = (
             quantized.codes_of(name, x) for name, x in (("k_cache", k_cache), ("v_cache", v_cache))
         )
-        quantized.check_tensors(query, k_cache, v_cache, cache_seqlens, block_table)
-    else:
-        cache.check_tensors(query, k_cache, v_cache, cache_seqlens, block_table)
-    pages = k_cache.codes if coded else k_cache
-    used, new = cache_seqlens, 0
-    if k is not None or v is not None:
+    used = cache_seqlens
+    if k is not None or v is not None:  # else the op itself looks
+        (quantized if coded else cache).check_tensors(
+            query, k_cache, v_cache, cache_seqlens, block_table
+        )
         check_new(k, v, query, k_cache, v_cache)
         assert k is not None and v is not None
-        new = k.shape[2]
-        used = cache_seqlens + new
-    lengths = cache.check_values(pages, cache_seqlens, block_table, new)
-    spec.check_heads(alibi_slopes, sinks, *query.shape[:2])
-    spec.check_numbers(-1, -1, softcap)
+        used = cache_seqlens + k.shape[2]
+        pages = k_cache.codes if coded else k_cache
+        lengths = cache.check_values(pages, cache_seqlens, block_table, k.shape[2])
+        spec.check_heads(alibi_slopes, sinks, *query.shape[:2])
+        spec.check_numbers(-1, -1, softcap)
     left, right = (-1, 0 if is_causal else -1) if window is None else bounds(window, is_causal)
     if k is not None and v is not None:
         for states, into in ((k, k_cache), (v, v_cache)):

@@ -161,8 +161,10 @@ def attention_quantized(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return in_numbers(query, rest, _exact, cache.attention_cache)
 
 
-def _exact(*args: Any) -> Tensor:
-    return quant.dequantize(*args[:-1], torch.float64)
+def _exact(
+    codes: Tensor, scales: Tensor, zeros: Tensor, code: int, group: int, k: int, *_: Any
+) -> Tensor:
+    return quant.dequantize(codes, scales, zeros, code, group, k, torch.float64)
 
 
 def _stock(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
