@@ -95,7 +95,7 @@ def test_bad_caches_of_codes_are_named():
         with pytest.raises(error, match=match):
             attention_with_kv_cache(query, *caches, used, **options)
 
-    refused(TypeError, "k_cache: expected a Tensor, found QTensor", good, v)
+    refused(TypeError, "as k_cache is; found QTensor and Tensor", good, v)
     refused(TypeError, "v_cache: expected a Tensor or a QTensor, found NoneType", good, None)
     refused(ValueError, "v_cache: expected groups within a token", good, quantize(v, "int8_tensor"))
     refused(ValueError, "k_cache: expected scales that are", quantize(k, "nf4_double"), good)

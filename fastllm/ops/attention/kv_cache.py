@@ -50,7 +50,10 @@ def attention_with_kv_cache(
     on a GPU, which would have to wait, what has no room is not written.
     """
     spec.require_tensors(query=query)
-    coded = not (isinstance(k_cache, Tensor) or isinstance(v_cache, Tensor))
+    coded = not isinstance(k_cache, Tensor)
+    if coded == isinstance(v_cache, Tensor):
+        both = f"{type(k_cache).__name__} and {type(v_cache).__name__}"
+        raise TypeError(f"v_cache: expected a Tensor or a QTensor, as k_cache is; found {both}")
     if coded:
         k_cache, v_cache = (
             quantized.codes_of(name, x) for name, x in (("k_cache", k_cache), ("v_cache", v_cache))
