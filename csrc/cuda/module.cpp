@@ -174,6 +174,28 @@ void dequantize(int dtype, int kind, uintptr_t codes, int64_t n, int64_t k, int6
   check(quant_dequantize(dtype, w, pointer(out), device, pointer(stream)));
 }
 
+// thresholds: bytes of 15 floats; empty for int8 and int4.
+void quantize_to(int dtype, int kind, uintptr_t x, int64_t rows, int64_t k, int64_t group,
+                 uintptr_t codes, uintptr_t scales, uintptr_t zeros, py::bytes thresholds,
+                 uint64_t order, int device, uintptr_t stream) {
+  check_dtypes(dtype, dtype);
+  if (kind < kQuantInt8 || kind > kQuantFp4) throw py::value_error("kind: expected 0 to 3");
+  if (rows < 1 || k < kQuantStep || k % kQuantStep || group < kQuantStep || group % kQuantStep ||
+      group > k || rows > INT32_MAX / ((k + group - 1) / group)) {
+    throw py::value_error("rows, k, group: out of range");
+  }
+  if (x % 16 || codes % 16) throw py::value_error("x, codes: expected on 16 bytes");
+  Quantize p = {kind, pointer(x), rows, k, group, pointer(codes), pointer(scales), pointer(zeros),
+                {}, order};
+  const auto between = unpacked<float>(thresholds, "thresholds");
+  if (between.size() != (kind >= kQuantNf4 ? 15 : 0)) {
+    throw py::value_error("thresholds: expected 15 with nf4 and fp4");
+  }
+  std::copy(between.begin(), between.end(), p.thresholds);
+  py::gil_scoped_release release;
+  check(quantize(dtype, p, device, pointer(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -202,4 +224,7 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("n"), py::arg("k"), py::arg("row"), py::arg("scales"), py::arg("zeros"),
         py::arg("scale_type"), py::arg("scale_row"), py::arg("group"), py::arg("table"),
         py::arg("out"), py::arg("device"), py::arg("stream"));
+  m.def("quantize", &quantize_to, py::arg("dtype"), py::arg("kind"), py::arg("x"), py::arg("rows"),
+        py::arg("k"), py::arg("group"), py::arg("codes"), py::arg("scales"), py::arg("zeros"),
+        py::arg("thresholds"), py::arg("order"), py::arg("device"), py::arg("stream"));
 }

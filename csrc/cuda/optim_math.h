@@ -3,23 +3,11 @@
 #pragma once
 
 #include <math.h>
-#include <string.h>
 
 #include "cuda/host_device.h"
 #include "cuda/optim_params.h"
 
 namespace fastllm {
-
-HOST_DEVICE uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return bits;
-}
-HOST_DEVICE float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
 
 // ---- random numbers
 

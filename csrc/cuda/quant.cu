@@ -2,6 +2,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/quant.cuh"
+#include "cuda/quantize.cuh"
 
 namespace fastllm {
 namespace {
@@ -65,6 +66,29 @@ int quant_dequantize(int dtype, const QuantWeight& w, void* out, int device, voi
     const dim3 grid(static_cast<unsigned>((pieces + kThreads - 1) / kThreads));
     return launch(dequantize_kernel<T, K>, grid, dim3(kThreads), 0, stream, 1, w,
                   static_cast<T*>(out));
+  });
+}
+
+int quantize(int dtype, const Quantize& given, int device, void* stream) {
+  const OnDevice on(device);
+  if (on.error != cudaSuccess) return on.error;
+  Quantize p = given;
+  if (p.k % p.group == 0) {  // groups that follow each other are rows, and nothing is divided
+    p.rows *= p.k / p.group;
+    p.k = p.group;
+  }
+  const int64_t across = (p.k + p.group - 1) / p.group, stretches = p.group / kQuantStep;
+  int team = kQuantBlock;  // more than a warp's registers hold: a whole block
+  if (stretches <= 32 * kQuantHeld) {
+    for (team = 1; team < 32 && team < stretches;) team *= 2;
+  }
+  const int teams = team == kQuantBlock ? 1 : kQuantBlock / 2 / team;
+  const dim3 grid(static_cast<unsigned>((p.rows * across + teams - 1) / teams));
+  const int shared = kQuantBlock / 32 * 2 * static_cast<int>(sizeof(int32_t));
+  return with_types(dtype, p.kind, [&](auto type, auto kind) {
+    using T = decltype(type);
+    constexpr int K = decltype(kind)::value;
+    return launch(quantize_kernel<T, K>, grid, dim3(team, teams), shared, stream, 1, p, across);
   });
 }
 

@@ -28,4 +28,17 @@ struct QuantProduct {
   void* out;
 };
 
+constexpr int kQuantStep = 8;  // neighbours that quantize takes at a time
+
+// x [rows, k] of adjacent numbers to codes; k and group (k for whole rows) are multiples of
+// kQuantStep. The last group of a row may be short.
+struct Quantize {
+  int kind;
+  const void* x;  // 16-byte aligned, as codes are
+  int64_t rows, k, group;
+  void *codes, *scales, *zeros;  // bfloat16 scales and zeros for int4, else float32; zeros or null
+  float thresholds[15];          // between the numbers of nf4 and fp4 by size
+  uint64_t order;                // their codes, a nibble each
+};
+
 }  // namespace fastllm

@@ -77,6 +77,14 @@ inline float shuffle_xor(float value, int mask) {
   return other;
 }
 
+inline int32_t shuffle_xor(int32_t value, int mask) {
+  float bits;
+  std::memcpy(&bits, &value, 4);
+  bits = shuffle_xor(bits, mask);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 inline void entry() {
   body();
   current->done = true;

@@ -21,3 +21,11 @@ extern "C" int emulate_dequantize(int dtype, int kind, const void* codes, int64_
   const QuantWeight w = {kind, codes, n, k, row, scales, zeros, scale_type, scale_row, group, table};
   return quant_dequantize(dtype, w, out, 0, nullptr);
 }
+
+extern "C" int emulate_quantize(int dtype, int kind, const void* x, int64_t rows, int64_t k,
+                                int64_t group, void* codes, void* scales, void* zeros,
+                                const char* thresholds, uint64_t order) {
+  Quantize p = {kind, x, rows, k, group, codes, scales, zeros, {}, order};
+  if (kind >= kQuantNf4) memcpy(p.thresholds, thresholds, sizeof(p.thresholds));
+  return quantize(dtype, p, 0, nullptr);
+}

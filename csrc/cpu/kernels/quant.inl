@@ -3,7 +3,7 @@
 #include "cpu/kernels/quant_codes.inl"
 
 // Codes wait here, one a byte, until they are written.
-constexpr i64 kRoom = 2048;
+constexpr i64 kRoom = 4096;
 // Values of one piece of work.
 constexpr i64 kPiece = 8192;
 

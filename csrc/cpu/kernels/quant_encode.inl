@@ -35,6 +35,20 @@ INLINE void encode(const T* x, uint8_t* codes, i64 n, const Scale& s, bool power
     encode_apart<C>(x, codes, n, s);
 }
 
+// Groups of `size` next to each other, each a whole number of pairs of vectors.
+template <class C, bool Power, class T>
+INLINE void encode_chunk(const T* x, uint8_t* codes, i64 groups, i64 size, const Chunk& c) {
+  for (i64 g = 0; g < groups; ++g) {
+    const Vec scale = set1(c.value[g]), inverse = set1(c.inverse[g]), zero = set1(c.zero[g]);
+    for (const T* end = x + size; x < end; x += 2 * W, codes += 2 * W) {
+      const Vec a = get(x, All{}), b = get(x + W, All{});
+      const Vec p = ratio<true, Power>(a, scale, inverse), q = ratio<true, Power>(b, scale, inverse);
+      store_bytes(codes, (Lane32)C::template code<true>(p, a, zero));
+      store_bytes(codes + W, (Lane32)C::template code<true>(q, b, zero));
+    }
+  }
+}
+
 // Collects the codes of a stretch of a row and writes them out.
 template <class C>
 struct Writer {
@@ -64,6 +78,20 @@ struct Writer {
       n -= take;
     }
   }
+  // Groups of `size`, at most kRoom values in all, that fill vectors and have plain scales.
+  template <class T>
+  INLINE_MEMBER void add_chunk(const T* x, i64 groups, i64 size, const Chunk& c, bool power) {
+    flush();
+    uint8_t* to = C::kPacked ? room : out;
+    if (std::is_same_v<C, E4m3> && power)
+      encode_chunk<C, true>(x, to, groups, size, c);
+    else
+      encode_chunk<C, false>(x, to, groups, size, c);
+    if (C::kPacked)
+      fill = groups * size;
+    else
+      out += groups * size;
+  }
   // An odd row ends in a byte whose upper half holds the code of 0.
   INLINE_MEMBER void close(const Scale& last) {
     if (C::kPacked && fill % 2) room[fill++] = kHasZero<C> ? uint8_t(last.zero) : C::kZero;
@@ -88,6 +116,11 @@ APART void quantize_groups(const Quantize& a, i64 row, i64 from, i64 n, i64 size
       c.high[g] = e.high, c.low[g] = e.low;
     }
     const bool plain = make_scales<C>(a, c, groups, at);
+    const i64 values = groups * size;
+    if (plain && i + values <= n && values <= kRoom && fills_vectors(size)) {
+      writer.add_chunk(x + i, groups, size, c, power);
+      continue;
+    }
     for (i64 g = 0; g < groups; ++g) {
       s = plain ? Scale{c.value[g], c.inverse[g], c.zero[g], true}
                 : make_scale<C>(a, {c.high[g], c.low[g]}, at + g);

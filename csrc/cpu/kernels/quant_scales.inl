@@ -133,6 +133,8 @@ struct alignas(64) Chunk {
   uint32_t high[kTogether], low[kTogether];
   float value[kTogether], inverse[kTogether], zero[kTogether];
 };
+// Groups of which as many fill whole vectors: their loops have no rest.
+INLINE bool fills_vectors(i64 size) { return size % (2 * W) == 0; }
 template <class V, class T>
 INLINE V read_as(const T* p) {
   V out;

@@ -12,7 +12,7 @@ from fastllm.ops.quant.cases import dequantize_cases, quantize_cases
 
 quantize_op = define(
     "quantize",
-    (cpu.BACKENDS["quantize"], triton.BACKENDS["quantize"], stock.BACKENDS["quantize"]),
+    [module.BACKENDS["quantize"] for module in (cpu, triton, cuda, stock)],
     reference,
     family="quant",
     schema=spec.QUANTIZE,

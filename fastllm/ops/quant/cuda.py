@@ -1,7 +1,8 @@
-"""dequantize in CUDA C++ (csrc/cuda/quant.cu), and how the kernels there see a weight of codes."""
+"""quantize and dequantize in CUDA C++ (csrc/cuda/quant.cu), and how kernels there see a weight."""
 
 import functools
 import math
+import struct
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fastllm.core.backend import Backend
 from fastllm.ops.norm.cuda import _CODES, available
-from fastllm.ops.quant import layout, reference
+from fastllm.ops.quant import layout, reference, spec
 
 try:
     from fastllm import _cuda  # type: ignore[attr-defined]
@@ -18,6 +19,7 @@ except ImportError:
 
 KINDS = (layout.INT8, layout.INT4, layout.NF4, layout.FP4)
 DEVICES = ("cuda",)
+STEP = 8  # neighbours that quantize takes at a time
 
 
 @functools.cache
@@ -25,6 +27,17 @@ def _table(code: int, device: torch.device) -> Tensor | None:
     """What the codes of nf4 and fp4 stand for."""
     values = layout.TABLES.get(code)
     return None if values is None else torch.tensor(values, device=device)
+
+
+@functools.cache
+def _thresholds(code: int) -> tuple[bytes, int]:
+    """15 numbers between those of nf4 or fp4, and the codes of these by size, a nibble each."""
+    if code not in layout.TABLES:
+        return b"", 0
+    bounds, order = layout.thresholds(code)
+    above = [math.inf] * (15 - len(bounds))
+    nibbles = sum(place << 4 * i for i, place in enumerate(order.tolist()))
+    return struct.pack("15f", *bounds.tolist(), *above), nibbles
 
 
 def weight(
@@ -69,6 +82,19 @@ def misfit(codes: Tensor, scales: Tensor, code: int, group: int, k: int) -> str 
     return None if codes.numel() else "codes: empty"
 
 
+def quantize(
+    input: Tensor, code: int, group: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, k = input.contiguous(), input.shape[-1]
+    codes, scales, zeros = spec.fake_quantize(x, code, group, symmetric)
+    _cuda.quantize(
+        _CODES[x.dtype], code, x.data_ptr(), x.numel() // k, k, min(group or k, k),
+        codes.data_ptr(), scales.data_ptr(), 0 if symmetric else zeros.data_ptr(),
+        *_thresholds(code), *place(x.device),
+    )  # fmt: skip
+    return codes, scales, zeros
+
+
 def dequantize(
     codes: Tensor,
     scales: Tensor,
@@ -83,6 +109,23 @@ def dequantize(
     _cuda.quant_dequantize(_CODES[dtype], *given, out.data_ptr(), *place(codes.device))
     del held
     return out
+
+
+def _supports_quantize(input: Tensor, code: int, group: int, symmetric: bool) -> str | None:
+    if input.device.type not in DEVICES:
+        return f"input on {input.device}"
+    if code not in KINDS or group < 0:
+        return f"{layout.KINDS[code]} in groups of {group}: computed by Triton"
+    if input.dtype not in _CODES:
+        return f"{input.dtype} input: computed by torch"
+    k = input.shape[-1]
+    if k % STEP or group % STEP:
+        return f"K = {k} in groups of {group}: no multiples of {STEP}"
+    if input.is_contiguous() and input.data_ptr() % 16:
+        return "input: does not start on 16 bytes"
+    if input.numel() // STEP >= 2**31:
+        return "input: more than a grid holds"
+    return None if input.numel() else "input: empty"
 
 
 def _supports(
@@ -102,5 +145,8 @@ def _supports(
 
 
 BACKENDS: dict[str, Backend] = {
+    "quantize": Backend(
+        "cuda", quantize, reference.quantize_backward, _supports_quantize, available
+    ),
     "dequantize": Backend("cuda", dequantize, reference.dequantize_backward, _supports, available),
 }
