@@ -45,8 +45,8 @@ def test_error_is_several_times_smaller_wherever_the_outliers_are(tokens):
         y = exact(x)
         error, before = (float((m(x) - y).norm()) for m in (apart, plain))
         assert error < before / 4
-        # what is left of the loud columns is the error of their weights: 41.7 dB
-        assert sqnr(y, apart(x)) > 41.7 - 1.5
+        # of the activations' own error little is left
+        assert sqnr(x @ apart[0].dense().t(), apart(x)) > 44.3 - 1
 
 
 @pytest.mark.parametrize("weights", ["int4_g32", "int4_asym_g64", "int8_g32"])
