@@ -27,6 +27,9 @@ class Config:
                  large values are scaled down and their weights up, by calibration; 0.5 is usual
     outliers     LLM.int8's threshold (Dettmers et al. 2022; 6.0 there): inputs that exceed it in
                  calibration stay in float, with their columns of the weight
+    outlier_threshold  the same, found anew in each call and without calibration: the inputs in
+                 which a value exceeds it are multiplied in float, the others in int8. What
+                 "smooth" and "awq" do to the inputs comes first
     head         the output layer of a language model, too. It is left in float otherwise, as
                  other libraries do: it is the most sensitive one, and often tied to the embedding
     act_order    "gptq" goes through the columns by the size of their inputs, the largest first
@@ -41,6 +44,7 @@ class Config:
     method: str = "round"
     smooth: float | None = None
     outliers: float | None = None
+    outlier_threshold: float | None = None
     head: bool = False
     act_order: bool = False
     min_weights: int | None = None
@@ -82,6 +86,17 @@ class Config:
                     f"found {self}"
                 )
 
+        if self.outlier_threshold is not None:
+            self._check_threshold(self.outlier_threshold)
+
+    def _check_threshold(self, value: float) -> None:
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise ValueError(f"outlier_threshold: expected a positive number, found {value!r}")
+        if self.activations == "float":
+            raise ValueError("outlier_threshold: expected rounded activations, found 'float'")
+        if self.outliers is not None:
+            raise ValueError("outlier_threshold: expected it without outliers, found both")
+
     @property
     def format(self) -> Format:
         """The weights' format."""
@@ -109,6 +124,8 @@ class Config:
             parts.append(f"smooth {self.smooth:g}")
         if self.outliers is not None:
             parts.append(f"outliers above {self.outliers:g}")
+        if self.outlier_threshold is not None:
+            parts.append(f"columns above {self.outlier_threshold:g} in float")
         return ", ".join(parts)
 
 

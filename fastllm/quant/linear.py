@@ -19,9 +19,9 @@ ACTIVATIONS = ("float", "int8", "int8_static")  # by the number that the op take
 ROUNDED = ("int8", "int4")  # kinds of weights that meet rounded activations
 CODES = (
     "codes", "scales", "zeros", "nested", "act_scale", "input_scale", "outliers", "outlier_weight",
-    "format_code",
+    "outlier_threshold", "format_code",
 )  # fmt: skip
-FOUND = ("act_scale", "input_scale", "outliers", "outlier_weight")  # by calibration
+FOUND = ("act_scale", "input_scale", "outliers", "outlier_weight", "outlier_threshold")  # optional
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -37,7 +37,8 @@ class QuantLinear(nn.Linear):
     Buffers, all in the state_dict: `codes`, `scales`, `zeros` (asymmetric formats), `nested`
     (double quantization), `act_scale`, `input_scale` [in_features] that the input is multiplied
     with first (SmoothQuant, AWQ), `outliers`, the numbers of inputs that stay in float (LLM.int8:
-    Dettmers et al. 2022), with their `outlier_weight`, and `format_code`. A dtype of `.to()`
+    Dettmers et al. 2022), with their `outlier_weight`, `outlier_threshold` [1] above which a value
+    keeps its column in float for the call, and `format_code`. A dtype of `.to()`
     changes what `weight` and the bias are in, never the codes. A state_dict with `weight` is
     quantized as it is loaded; one of another format is refused. `weight` is what the codes stand
     for: see LazyWeight.
@@ -58,6 +59,8 @@ class QuantLinear(nn.Linear):
     input_scale: Tensor | None
     outliers: Any
     outlier_weight: Any
+    outlier_threshold: Tensor | None
+    threshold: float  # the same as a number, 0 for none: reading a tensor breaks graphs
     format_code: Tensor
     _like: Tensor  # nothing, in the dtype that `weight` has
 
@@ -112,6 +115,7 @@ class QuantLinear(nn.Linear):
             activations=self.activations,
             act_scale=held["act_scale"],
             activation=activation if outliers is None else None,
+            outlier_threshold=self.threshold,
             backend=self.backend,
         )
         if outliers is None:
@@ -180,10 +184,11 @@ class QuantLinear(nn.Linear):
                 self.bias.copy_(fresh.bias)
 
     def extra_repr(self) -> str:
+        above = f", outlier_threshold={self.threshold:g}" if self.threshold else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}, "
-            f"activations={ACTIVATIONS[self.activations]}"
+            f"activations={ACTIVATIONS[self.activations]}{above}"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -233,6 +238,7 @@ class QuantLinear(nn.Linear):
                 if value is None or mine is None or mine.shape != value.shape:
                     made = None if value is None else value.to(self.codes.device, copy=True)
                     self._buffers[found] = made
+            self.threshold = number(state_dict.get(prefix + "outlier_threshold"))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -255,6 +261,11 @@ class QuantLinear(nn.Linear):
         if self.outliers is not None:
             new[prefix + "outlier_weight"] = weight[:, self.outliers.to(weight.device)]
         return own | {k: v for k, v in new.items() if k in own} | rest
+
+
+def number(threshold: Tensor | None) -> float:
+    """An outlier_threshold as the op takes it."""
+    return 0.0 if threshold is None else float(threshold)
 
 
 def code_of(format: Format, activations: int) -> Tensor:
@@ -283,6 +294,7 @@ def fill(
     input_scale: Tensor | None = None,
     outliers: Tensor | None = None,
     outlier_weight: Tensor | None = None,
+    outlier_threshold: Tensor | None = None,
     *,
     like: Tensor,
     transposed: bool = False,
@@ -305,6 +317,8 @@ def fill(
     module.register_buffer("input_scale", input_scale)
     module.register_buffer("outliers", outliers)
     module.register_buffer("outlier_weight", outlier_weight)
+    module.register_buffer("outlier_threshold", outlier_threshold)
+    module.threshold = number(outlier_threshold)
     module.register_buffer("format_code", code_of(q.format, module.activations).to(q.device))
     module.register_buffer("_like", like.detach().new_empty(0), persistent=False)
 

@@ -19,7 +19,7 @@ class Encoded:
     """What `adopt` takes.
 
     input_scale [K]: what inputs are multiplied with; outliers: numbers of inputs that stay in
-    float, with their columns of the weight
+    float, with their columns of the weight; outlier_threshold [1]: for those of each call
     """
 
     q: QTensor
@@ -28,6 +28,7 @@ class Encoded:
     input_scale: Tensor | None = None
     outliers: Tensor | None = None
     outlier_weight: Tensor | None = None
+    outlier_threshold: Tensor | None = None
 
 
 def encode(weight: Tensor, config: Config, stats: Stats | None) -> Encoded:
@@ -53,12 +54,21 @@ def encode(weight: Tensor, config: Config, stats: Stats | None) -> Encoded:
     else:
         q = quantize(scaled, form)
     activations, act_scale = config.activations, None
+    threshold = config.outlier_threshold
+    above = None if threshold is None else torch.tensor([threshold], device=weight.device)
     if activations == "int8_static":
         if stats is None:
             activations = "int8"
         else:
-            act_scale = static_scale(stats if scales is None else _divided(stats, scales))
-    return Encoded(q, activations, act_scale, None if scales is None else 1 / scales)
+            seen = stats if scales is None else _divided(stats, scales)
+            act_scale = static_scale(seen, threshold)
+    return Encoded(
+        q,
+        activations,
+        act_scale,
+        None if scales is None else 1 / scales,
+        outlier_threshold=above,
+    )
 
 
 def _apart(weight: Tensor, config: Config, stats: Stats) -> Encoded:
@@ -82,9 +92,13 @@ def _apart(weight: Tensor, config: Config, stats: Stats) -> Encoded:
     )
 
 
-def static_scale(stats: Stats) -> Tensor:
-    """[1]: what a whole layer's activations are divided by, so that the largest is 127."""
+def static_scale(stats: Stats, threshold: float | None = None) -> Tensor:
+    """[1]: what a whole layer's activations are divided by, so that the largest is 127.
+
+    What exceeds `threshold` stays in float and does not count.
+    """
     top = stats.largest.amax()
+    top = top if threshold is None else top.clamp(max=threshold)
     return torch.where(top > 0, top / 127, 1.0).view(1)
 
 

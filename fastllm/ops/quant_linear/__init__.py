@@ -38,6 +38,7 @@ def quant_linear(
     activations: str | int = "float",
     act_scale: Tensor | None = None,
     activation: str | None = None,
+    outlier_threshold: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """activation(input W^T + bias), where W = dequantize(codes, scales, zeros, code, group).
@@ -50,6 +51,9 @@ def quant_linear(
                  int8 with the scale max |x| / 127. "static": with `act_scale`
     activation   None, or what fastllm.functional.linear takes: "gelu", "gelu_tanh", "silu", ...;
                  in the same pass, before the only rounding
+    outlier_threshold  with rounded activations: the columns of input in which a magnitude exceeds
+                 it are multiplied in float, the others in int8 (LLM.int8, Dettmers et al. 2022;
+                 6.0 there). Infinite values then count as in a float layer
     backend      forces one of fastllm's backends for this call
 
     Returns [*, N] in input's dtype. Input and bias have gradients (rounded activations: straight
@@ -58,7 +62,7 @@ def quant_linear(
     `backend` cannot serve the call.
     """
     mode = spec.ACTIVATIONS.get(activations, -1) if isinstance(activations, str) else activations
-    rest = act_scale, code, group, mode, activation
+    rest = act_scale, code, group, mode, activation, float(outlier_threshold or 0.0)
     kind = casting(input)
     if kind is not None:
         input, bias = cast(kind, input, bias)

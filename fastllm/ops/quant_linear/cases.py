@@ -92,6 +92,26 @@ def _test() -> Iterator[Case]:
         yield _case(shape, form, dtype, bias=True, activation=activation, tags={"quick"})
     yield _case((2, 140000, 3), FORMATS[1], FP32, bias=False, tags={"quick"})  # past int32
     yield _case((6, 140000, 3), FORMATS[1], FP32, bias=False, tags={"quick"})
+    # columns in float: some, most of them, none, in tokens of every number
+    apart = (
+        ((1, 256, 40), FORMATS[1], FP32, 6.0, None), ((9, 129, 50), FORMATS[1], BF16, 6.0, "gelu"),
+        ((140, 96, 65), FORMATS[1], FP16, 6.0, None), ((17, 300, 33), FORMATS[2], FP32, 6.0, None),
+        ((33, 96, 65), FORMATS[4], BF16, 6.0, None), ((5, 320, 33), FORMATS[6], FP32, 6.0, "silu"),
+        ((9, 129, 50), FORMATS[8], FP32, 6.0, None), ((70, 300, 24), FORMATS[10], BF16, 6.0, None),
+        ((16, 96, 40), FORMATS[12], FP16, 6.0, None), ((9, 129, 50), FORMATS[1], FP32, 1.5, None),
+        ((9, 128, 40), FORMATS[1], FP32, 1e3, None), ((3, 0, 4), FORMATS[1], FP32, 6.0, None),
+        ((9, 128, 40), (INT8, -32, True, DYNAMIC), FP32, 6.0, None),
+    )  # fmt: skip
+    for shape, form, dtype, threshold, name in apart:
+        yield _case(
+            shape, form, dtype, bias=dtype != FP16, activation=name, threshold=threshold,
+            values="loud", tags={"quick"},
+        )  # fmt: skip
+    for values in ("nan", "infinite"):
+        yield _case(
+            (6, 64, 20), FORMATS[1], FP32, bias=True, threshold=6.0, values=values,
+            tags={"adversarial"},
+        )  # fmt: skip
 
 
 def _case(
@@ -104,6 +124,7 @@ def _case(
     values: str = "normal",
     spare: bool = False,
     activation: str | None = None,
+    threshold: float = 0.0,
     tags: set[str],
 ) -> Case:
     m, k, n = shape
@@ -116,6 +137,8 @@ def _case(
             x.zero_()
         elif values == "large":
             x *= 1e33
+        elif values == "loud":
+            x[:, 3:k:40] *= 20
         elif values == "outlier":  # that no weight sees: its neighbours must not suffer
             x[:, 3], w[:, 3] = 1000.0, 0.0
         elif values != "normal":
@@ -123,13 +146,14 @@ def _case(
         codes, scales, zeros = quant.quantize(w, code, group, symmetric)
         b = torch.randn(n, generator=generator).to(dtype) if bias else None
         given = torch.tensor([0.03]) if activations == STATIC or spare else None
-        rest = (b, given, *form[:2], activations, activation)
+        rest = (b, given, *form[:2], activations, activation, threshold)
         return x, codes, scales, None if symmetric else zeros, *rest
 
     mode = ("", "-dynamic", "-static")[activations]
     kind = KINDS[code] + "-asym" * (not symmetric)
     name = f"{'x'.join(map(str, shape))}-{NAMES[dtype]}-{kind}-g{group}{mode}" + "-bias" * bias
     name += f"-{activation}" if activation else ""
+    name += f"-above{threshold:g}" if threshold else ""
     name += "-spare" * spare + f"-{layout}" * (layout != "contiguous")
     name += f"-{values}" * (values != "normal")
     return Case(name, dtype, build, frozenset(tags))

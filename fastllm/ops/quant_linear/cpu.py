@@ -11,6 +11,7 @@ from fastllm.core.memory import adjacent, empty
 from fastllm.ops.matmul.products import ACTIVATION_CODES
 from fastllm.ops.quant.layout import KINDS
 from fastllm.ops.quant_linear import reference
+from fastllm.ops.quant_linear.outliers import split
 from fastllm.ops.quant_linear.spec import Terms
 
 Weight = tuple[Tensor, Tensor, Tensor | None, int, int]
@@ -22,6 +23,8 @@ _BLOCK = 1 << 24  # values of the weight that backward holds at a time
 
 def quant_linear(input: Tensor, *rest: Any) -> Tensor:
     terms = Terms(*rest)
+    if terms.outlier_threshold:
+        return split(quant_linear, input, terms)
     k, n = input.shape[-1], terms.codes.shape[0]
     out = empty((*input.shape[:-1], n), input.dtype)
     if k == 0:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastllm.ops.matmul.reference import activate, derivative
 from fastllm.ops.quant import reference as quant
+from fastllm.ops.quant_linear.outliers import loud
 from fastllm.ops.quant_linear.spec import FLOAT, Terms
 
 
@@ -18,11 +19,16 @@ def quant_linear(input: Tensor, *rest: Any) -> Tensor:
     if terms.activations == FLOAT:
         y = x @ w.t()
     else:
-        rounded, scale = quantize_tokens(x, terms.act_scale)
+        quiet, kept = x, None
+        if terms.outlier_threshold:
+            above = loud(x, terms.outlier_threshold)
+            quiet, kept = torch.where(above, 0.0, x), torch.where(above, x, 0.0)
+        rounded, scale = quantize_tokens(quiet, terms.act_scale)
         y = (rounded @ w.t()) * scale
         if x.requires_grad:  # straight through the rounding
-            plain = x @ w.t()
+            plain = quiet @ w.t()
             y = y.detach() + (plain - plain.detach())
+        y = y if kept is None else y + kept @ w.t()
     y = y if terms.bias is None else y + terms.bias.to(y.dtype)
     return activate(y, terms.activation).to(input.dtype)
 

@@ -1,5 +1,6 @@
 """The contract of quant_linear: schema, checks, shapes of results, cost."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ ACTIVATIONS = {"float": FLOAT, "dynamic": DYNAMIC, "static": STATIC}
 
 _PARAMS = (
     "Tensor input, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? act_scale, "
-    "int code, int group, int activations, str? activation"
+    "int code, int group, int activations, str? activation, float outlier_threshold"
 )
 SCHEMA = Schema(
     params=_PARAMS,
@@ -39,6 +40,7 @@ class Terms(NamedTuple):
     group: int
     activations: int
     activation: str | None = None
+    outlier_threshold: float = 0.0
 
     @property
     def weight(self) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
@@ -51,7 +53,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def check(input: Tensor, *rest: Any) -> None:
     """Raises ValueError or TypeError that names the argument."""
-    codes, scales, zeros, bias, act_scale, code, group, activations, activation = rest
+    codes, scales, zeros, bias, act_scale, code, group, activations, activation, threshold = rest
     if not isinstance(input, Tensor):
         raise TypeError(f"input: expected a Tensor, found {type(input).__name__}")
     if input.dtype not in FLOATS:
@@ -78,6 +80,12 @@ def check(input: Tensor, *rest: Any) -> None:
     if act_scale is not None and (act_scale.numel() != 1 or not act_scale.is_floating_point()):
         raise ValueError(f"act_scale: expected one number, found {describe(act_scale)}")
     check_activation(activation, optional=True)
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"outlier_threshold: expected 0 or more, found {threshold}")
+    if threshold and activations == FLOAT:
+        raise ValueError(
+            f"outlier_threshold: expected none with float activations, found {threshold}"
+        )
     for name, value in (("codes", codes), ("scales", scales), ("zeros", zeros), ("bias", bias)):
         if value is not None and value.device != input.device:
             raise ValueError(f"{name}: expected it on {input.device}, found {describe(value)}")

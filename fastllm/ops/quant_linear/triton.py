@@ -12,6 +12,7 @@ from fastllm.ops.matmul.triton import available
 from fastllm.ops.matmul.triton import supports as supports_input
 from fastllm.ops.quant.layout import KINDS, TABLES
 from fastllm.ops.quant_linear import reference, triton_cuts
+from fastllm.ops.quant_linear.outliers import split
 from fastllm.ops.quant_linear.spec import FLOAT, Terms
 
 
@@ -28,6 +29,8 @@ def _table(code: int, device: torch.device) -> Tensor | None:
 
 def quant_linear(input: Tensor, *rest: Any) -> Tensor:
     terms = Terms(*rest)
+    if terms.outlier_threshold:
+        return split(quant_linear, input, terms)
     codes, scales, zeros, code, group = terms.weight
     k, n = input.shape[-1], codes.shape[0]
     shape = (*input.shape[:-1], n)

@@ -1,0 +1,77 @@
+"""LLM.int8's split: columns of the input with large values in float, the others in int8.
+
+Which columns those are is known in the call only: dispatcher ops hide it from torch.compile.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastllm.ops.matmul.reference import activate
+from fastllm.ops.quant import layout
+from fastllm.ops.quant_linear.spec import Terms
+
+_ROWS = 64  # that are looked at together: their magnitudes stay in the cache
+_BLOCK = 1 << 24  # values of the weight that are floats at a time
+
+
+def loud(x: Tensor, threshold: float) -> Tensor:
+    """bool [K]: the columns of x [*, K] with a magnitude above `threshold`, or with NaN."""
+    if not x.numel():
+        return x.new_zeros(x.shape[-1], dtype=torch.bool)
+    x = x.detach().reshape(-1, x.shape[-1])
+    step = _ROWS if x.is_cpu else len(x)
+    tops = [rows.abs().amax(0) for rows in x.split(step)]
+    top = tops[0] if len(tops) == 1 else torch.stack(tops).amax(0)
+    return ~(top.float() <= threshold)
+
+
+def split(product: Callable[..., Tensor], input: Tensor, terms: Terms) -> Tensor:
+    """product(input, *terms) with the loud columns in float, summed and rounded once."""
+    quiet = terms._replace(outlier_threshold=0.0)
+    if not input.numel():
+        return product(input, *quiet)
+    x = input.reshape(-1, input.shape[-1])
+    places = _places(x, terms.outlier_threshold)
+    if not len(places):
+        return product(input, *quiet)
+    bias = None if terms.bias is None else terms.bias.float()
+    rest = x.to(torch.float32, copy=True).index_fill_(1, places, 0.0)
+    y = product(rest, *quiet._replace(bias=bias, activation=None))
+    for some in places.split(max(1, _BLOCK // y.shape[1])) if y.numel() else ():
+        y.addmm_(x.index_select(1, some).float(), weight_columns(terms, some).t())
+    y = activate(y, terms.activation)
+    return y.to(input.dtype).view(*input.shape[:-1], y.shape[1])
+
+
+def _places(x: Tensor, threshold: float) -> Tensor:
+    """The numbers of the loud columns; one fast pass on a CPU where there are none."""
+    if x.is_cpu:
+        low, high = torch.aminmax(x)
+        if -threshold <= low.item() and high.item() <= threshold:
+            return x.new_empty(0, dtype=torch.long)
+    return loud(x, threshold).nonzero().flatten()
+
+
+def weight_columns(terms: Terms, places: Tensor) -> Tensor:
+    """float32 [N, C]: what the codes of these columns stand for, int8 and int4."""
+    codes, scales, zeros, code, group = terms.weight
+    if layout.packed(code):
+        bytes_ = codes.index_select(1, places >> 1).int()
+        values = (bytes_ >> (places % 2 * 4).int() & 15).float()
+        if zeros is None or not zeros.numel():
+            values -= 8.0
+        else:
+            values -= _each(zeros.float(), len(codes), places, group)
+    else:
+        values = codes.index_select(1, places).float()
+    return values.mul_(_each(scales.float(), len(codes), places, group))
+
+
+def _each(scales: Tensor, rows: int, places: Tensor, group: int) -> Tensor:
+    """The scales of these columns: broadcasts to [rows, C]."""
+    if group in (0, -1):
+        return scales
+    picked = scales.index_select(1, places // abs(group))
+    return picked if group > 0 else picked.repeat_interleave(-group, 0)[:rows]
