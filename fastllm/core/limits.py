@@ -12,7 +12,8 @@ from fastllm.core.measure import Call, Factory, copies, interleave, rotation
 
 _BIG = 256 << 20  # bytes: past every cache
 _SIDES = {"cpu": (256, 1024, 2048), "cuda": (1024, 4096, 8192)}  # a core peaks on less than all
-_ARITHMETIC = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 0, torch.int8: 3}  # of csrc/cpu/types.h
+# codes of csrc/cpu/types.h; fp16 is computed in fp32
+_ARITHMETIC = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 0, torch.int8: 3}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
