@@ -3,6 +3,7 @@
 
 typedef uint32_t Words __attribute__((vector_size(W * 4)));
 typedef int32_t Ints __attribute__((vector_size(W * 4)));
+typedef uint16_t Halves __attribute__((vector_size(W * 4)));
 typedef decltype(Vec::v) Floats;
 typedef decltype(load_bytes(nullptr)) Lane32;
 

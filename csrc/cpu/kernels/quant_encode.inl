@@ -67,6 +67,75 @@ INLINE i64 encode_chunk(const T* x, uint8_t* codes, i64 groups, i64 size, const 
   return values;
 }
 
+// nf4 and fp4 of numbers of 16 bits, where a register holds 32 of them: thresholds are such numbers,
+// too, and all compare as integers in the order of their values.
+template <class C, class T>
+constexpr bool kByEdges = false;
+#if !defined(__clang__)
+template <class C>
+constexpr bool kSearches = std::is_same_v<C, Nf4> || std::is_same_v<C, Fp4>;
+template <class C>
+constexpr bool kByEdges<C, bf16> = kSearches<C> && W == 16;
+template <class C>
+constexpr bool kByEdges<C, f16> = kSearches<C> && W == 16;
+
+typedef int16_t Ordered __attribute__((vector_size(W * 4)));
+
+// The largest numbers of type T whose quotients are not above a group's thresholds, in both halves
+// of each lane; from thresholds 7, 3, 1 and 0 on, as Steps has them.
+template <class C, class T>
+struct Edges {
+  Ordered by8, by4, by2, by1;
+
+  template <int... I>
+  INLINE_MEMBER static Ordered moved(Words all, int by, std::integer_sequence<int, I...>) {
+    return (Ordered)__builtin_shuffle(all, Words{} + uint32_t(by) + Words{uint32_t(I)...});
+  }
+  INLINE_MEMBER Edges(Vec scale, Vec inverse) {
+    const Vec limits = load(C::kThresholds.at);
+    T room[W];
+    store(room, limits * scale);
+    const Vec near = load(room);  // an edge, or the number above one
+    Ints bits = (Ints)bits_of(load(reinterpret_cast<const bf16*>(room))) >> 16;  // as they are
+    bits = (bits ^ (bits >> 31 & 0x7fff)) + (exact_quotient(near, scale, inverse).v > limits.v);
+    const Words all = ((Words)bits & 0xffffu) | (Words)bits << 16;
+    const auto lanes = std::make_integer_sequence<int, W>{};
+    by8 = (Ordered)__builtin_shuffle(all, words(7));
+    by4 = moved(all, 3, lanes), by2 = moved(all, 1, lanes), by1 = (Ordered)all;
+  }
+  INLINE_MEMBER static Ordered at(Ordered table, Ordered index) {
+    return (Ordered)pick_halves((Lane32)table, (Lane32)index);
+  }
+  // Twice the number of thresholds below each.
+  INLINE_MEMBER Ordered count(Ordered x) const {
+    x ^= x >> 15 & 0x7fff;
+    Ordered n = (x > by8) & 16;
+    n += (x > at(by4, n)) & 8;
+    n += (x > at(by2, n)) & 4;
+    n += (x > at(by1, n)) & 2;
+    return n;
+  }
+};
+
+template <class C, class T>
+INLINE i64 encode_by_edges(const T* x, uint8_t* codes, i64 groups, i64 size, const Chunk& c) {
+  uint32_t numbers[W] = {};
+  for (int i = 0; std::is_same_v<C, Fp4> && i < 15; ++i) numbers[i] = kFp4Order[i] * 0x20002u;
+  const Ordered order = read_as<Ordered>(numbers);
+  const uintptr_t ahead = uintptr_t(groups * size) * sizeof(T);
+  for (i64 g = 0; g < groups; ++g) {
+    const Edges<C, T> edges(set1(c.value[g]), set1(c.inverse[g]));
+    for (const T* end = x + size; x < end; x += 2 * W, codes += W) {
+      __builtin_prefetch((const void*)(uintptr_t(x) + ahead));
+      Ordered n = edges.count(read_as<Ordered>(x));
+      if (std::is_same_v<C, Fp4>) n = edges.at(order, n);
+      store_bytes(codes, (Lane32)((Words)n >> 1 | (Words)n >> 13));
+    }
+  }
+  return groups * size;
+}
+#endif
+
 // Collects the codes of a stretch of a row and writes them out.
 template <class C>
 struct Writer {
@@ -101,8 +170,12 @@ struct Writer {
   INLINE_MEMBER void add_chunk(const T* x, i64 groups, i64 size, const Chunk& c, bool power) {
     flush();
     const bool exact = std::is_same_v<C, E4m3> && power;
-    const i64 done = exact ? encode_chunk<C, true>(x, out, groups, size, c)
-                           : encode_chunk<C, false>(x, out, groups, size, c);
+    i64 done;
+    if constexpr (kByEdges<C, T>)
+      done = encode_by_edges<C>(x, out, groups, size, c);
+    else
+      done = exact ? encode_chunk<C, true>(x, out, groups, size, c)
+                   : encode_chunk<C, false>(x, out, groups, size, c);
     out += C::kPacked ? done / 2 : done;
     const i64 last = groups - 1, rest = groups * size - done;
     if (rest) add(x + done, rest, {c.value[last], c.inverse[last], c.zero[last], true}, power);
@@ -160,13 +233,17 @@ APART void quantize_blocks(const Quantize& a, i64 row, i64 height, i64 from, i64
   Scale scales[kTogether];
   Chunk c;
   bool whole = fills_vectors(b) && n % b == 0;
-  for (i64 i = 0; i < height; ++i)
+  for (i64 i = 0; i < height; ++i) {
+    const uintptr_t below = uintptr_t(x + (i + 4) * cols);  // each row lies on a page of its own
+    for (uintptr_t line = 0; line < uintptr_t(n) * sizeof(T); line += 64)
+      __builtin_prefetch((const void*)(below + line));
     for (i64 j = 0; j * b < n; ++j) {
       if (whole)
         peaks[j].take_all(x + i * cols + j * b, b);
       else
         found[j].merge(extent<C>(x + i * cols + j * b, least(b, n - j * b)));
     }
+  }
   for (i64 j = 0; j * b < n; ++j) {
     found[j].merge(peaks[j].close());
     const Scale s = scales[j] = make_scale<C>(a, found[j], at + j);

@@ -49,3 +49,10 @@ INLINE void store_nibbles(uint8_t* p, L a, L b, L c, L d) {
     __builtin_memcpy(p, &both, sizeof(both));
   }
 }
+
+// Numbers of 16 bits, picked from as many by the low bits of each index; only where W is 16. (The
+// compiler's own shuffle takes two tables, which is three times as much work.)
+template <class L>
+INLINE L pick_halves(L table, L index) {
+  return _mm512_permutexvar_epi16(index, table);
+}
