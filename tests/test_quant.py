@@ -104,6 +104,28 @@ def test_kernels_agree_with_plain_torch_bit_for_bit(name, level, dtype):
 
 
 @levels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_at_the_thresholds(dtype, level):
+    """nf4 and fp4 where a bit decides: at thresholds and beside them, of scales small and large."""
+    generator = torch.Generator().manual_seed(2)
+    for code in layout.TABLES:
+        limits = layout.thresholds(code)[0]
+        exponents = torch.arange(-24, 16) if dtype == torch.float16 else torch.arange(-60, 60, 3)
+        top = (torch.rand(40, 1, generator=generator) + 1) * 2.0 ** exponents.view(-1, 1)
+        at = (top.to(dtype).float() * limits).to(dtype)
+        bits = at.view(torch.int32 if dtype == torch.float32 else torch.int16)
+        near = [(bits + i).view(dtype) for i in (-1, 0, 1)]
+        x = torch.cat([top.to(dtype), *near, at.new_zeros(40, 1), -at.new_zeros(40, 1)], 1)
+        x = x.nan_to_num()  # what lies below zero as an integer
+        x = torch.nn.functional.pad(x, (0, 96 - x.shape[1]))  # groups of three vectors, and rests
+        for group, shape in ((96, (40, 96)), (96, (8, 480)), (64, (40, 96))):
+            args = (x.view(shape), code, group, True)
+            found, wanted = (ops.quantize(*args, backend=b) for b in ("cpu", "torch"))
+            # == : the scale of a group of zeros may be -0
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@levels
 def test_rounding_is_half_to_even(level):
     """0.5, 1.5, 2.5 ... and their negatives, in units of the scale."""
     halves = torch.arange(-126.5, 127).view(1, -1)

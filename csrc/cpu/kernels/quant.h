@@ -1,6 +1,7 @@
 // quantize and dequantize: arguments of the kernels and the table that every level fills.
 #pragma once
 #include <cstdint>
+#include <utility>
 
 namespace fastllm::quant {
 

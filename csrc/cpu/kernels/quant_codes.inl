@@ -3,8 +3,11 @@
 
 typedef uint32_t Words __attribute__((vector_size(W * 4)));
 typedef int32_t Ints __attribute__((vector_size(W * 4)));
+typedef uint16_t Halves __attribute__((vector_size(W * 4)));
 typedef decltype(Vec::v) Floats;
 typedef decltype(load_bytes(nullptr)) Lane32;
+
+#include "cpu/simd/bytes.h"
 
 INLINE Words words(uint32_t x) { return Words{} + x; }
 INLINE Words bits_of(Vec a) { return (Words)a.v; }
@@ -33,8 +36,8 @@ struct alignas(64) Table {
   float at[16];
 };
 
-// Each kind: code<Tame>(q, x, zero) are the codes of numbers q = x / scale, in the low byte of each
-// lane; Tame: the scale is the group's own and no subnormal number, so that q is hardly past the
+// Each kind: code<Tame>(q, x, zero) are the codes of numbers q = x / scale, signed bytes in the lanes
+// (packed: below 16); Tame: the scale is the group's own and no subnormal number, so that q is hardly past the
 // ends. value(codes, zero) is what codes stand for, one in each lane. kZero is the code of 0, kMost
 // the largest number; kBounded: no code stands for twice as much.
 struct Int8 {
@@ -44,7 +47,7 @@ struct Int8 {
   static constexpr bool kBounded = true;
   template <bool Tame>
   INLINE_MEMBER static Words code(Vec q, Vec, Vec) {
-    return bits_of((Tame ? q : within(q, -127.0f, 127.0f)) + set1(kRound));
+    return bits_of((Tame ? q : within(q, -127.0f, 127.0f)) + set1(kRound)) - bits_of(kRound);
   }
   INLINE_MEMBER static Vec value(Words codes, Vec) {
     return from_int((Words)((Ints)(codes << 24) >> 24));
@@ -76,18 +79,30 @@ struct Int4Zero {
   INLINE_MEMBER static Vec value(Words codes, Vec zero) { return from_int(codes) - zero; }
 };
 
-// How many of 15 ascending thresholds lie below q.
-INLINE Words count_below(Vec q, const Table& thresholds) {
-  Words n = words(0);
+// Thresholds, from number `by` on.
+constexpr Table moved(const Table& t, int by) {
+  Table out{};
+  for (int i = 0; i + by < 16; ++i) out.at[i] = t.at[i + by];
+  return out;
+}
+// 15 ascending thresholds; number n + 2^k - 1 at n, for each step of a binary search.
+struct Steps {
+  Table by8, by4, by2, by1;
+  constexpr explicit Steps(const Table& t)
+      : by8(moved(t, 7)), by4(moved(t, 3)), by2(moved(t, 1)), by1(t) {}
+};
+
+// How many of the thresholds lie below q.
+INLINE Words count_below(Vec q, const Steps& steps) {
   if (W == 4) {
-    for (int i = 0; i < 15; ++i) n -= (Words)(set1(thresholds.at[i]).v < q.v);
+    Words n = words(0);
+    for (int i = 0; i < 15; ++i) n -= (Words)(set1(steps.by1.at[i]).v < q.v);
     return n;
   }
-#pragma GCC unroll 4
-  for (uint32_t step = 8; step; step /= 2) {
-    const Vec t = lookup(thresholds.at, (Lane32)(n + (step - 1)));
-    n += (Words)(t.v < q.v) & step;
-  }
+  Words n = (Words)(set1(steps.by8.at[0]).v < q.v) & 8u;
+  n += (Words)(lookup(steps.by4.at, (Lane32)n).v < q.v) & 4u;
+  n += (Words)(lookup(steps.by2.at, (Lane32)n).v < q.v) & 2u;
+  n += (Words)(lookup(steps.by1.at, (Lane32)n).v < q.v) & 1u;
   return n;
 }
 
@@ -127,11 +142,12 @@ struct Nf4 {
   static constexpr bool kPacked = true;
   static constexpr uint8_t kZero = 7;
   static constexpr Table kThresholds = nf4_thresholds();
+  static constexpr Steps kSteps{kThresholds};
   static constexpr float kMost = 1.0f;
   static constexpr bool kBounded = true;
   template <bool Tame>
   INLINE_MEMBER static Words code(Vec q, Vec, Vec) {
-    return count_below(q, kThresholds);
+    return count_below(q, kSteps);
   }
   INLINE_MEMBER static Vec value(Words codes, Vec) {
     return lookup(kNf4Values.at, (Lane32)codes);
@@ -141,11 +157,12 @@ struct Fp4 {
   static constexpr bool kPacked = true;
   static constexpr uint8_t kZero = 0;
   static constexpr Table kThresholds = fp4_thresholds(), kCodes = fp4_codes();
+  static constexpr Steps kSteps{kThresholds};
   static constexpr float kMost = 1.0f;
   static constexpr bool kBounded = true;
   template <bool Tame>
   INLINE_MEMBER static Words code(Vec q, Vec, Vec) {
-    const Vec code = lookup(kCodes.at, (Lane32)count_below(q, kThresholds));
+    const Vec code = lookup(kCodes.at, (Lane32)count_below(q, kSteps));
     return bits_of(code + set1(kRound)) & 15u;
   }
   INLINE_MEMBER static Vec value(Words codes, Vec) {
@@ -154,8 +171,7 @@ struct Fp4 {
 };
 
 // A float with `Bits` of mantissa and the exponent bias `Bias` in a byte; `Top` is the largest
-// number. What is below the smallest normal one is a multiple of its last bit, which adding a power
-// of two rounds to.
+// number. What is below the smallest normal one is a multiple of its last bit.
 template <int Bits, int Bias, int Top, bool Infinite>
 struct Fp8 {
   static constexpr bool kPacked = false;
@@ -170,11 +186,11 @@ struct Fp8 {
   INLINE_MEMBER static Words code(Vec q, Vec x, Vec) {
     Vec size = as_float(bits_of(q) & 0x7fffffffu);
     if (!Tame) size = at_most(size, set1(kMost));
-    const Words bits = bits_of(size), odd = (bits >> kDrop) & 1u;
-    const Words normal = (bits - kRebias + (((1u << (kDrop - 1)) - 1u) + odd)) >> kDrop;
-    const float shift = as_float(kStep + (23u << 23));
-    const Words small = bits_of(size + set1(shift)) - bits_of(shift);
-    return pick((Words)(bits < kLeast), small, normal) | (bits_of(x) >> 24 & 0x80u);
+    // a power of two whose last bit is that of the codes around size: the sum rounds to it
+    const Words round = larger(bits_of(size) & 0x7f800000u, words(kLeast)) + (uint32_t(kDrop) << 23);
+    const Words steps = bits_of(size + as_float(round)) - round;
+    const Words code = steps + ((round >> kDrop) - (((kLeast >> 23) + kDrop) << Bits));
+    return code | ((Words)((Ints)bits_of(x) >> 24) & ~0x7fu);
   }
   INLINE_MEMBER static Vec value(Words codes, Vec) {
     const Words size = codes & 0x7fu;

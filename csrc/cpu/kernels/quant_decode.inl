@@ -22,10 +22,30 @@ INLINE Vec decoded(Words codes, Vec scale, Vec zero) {
   return Clamp ? within(v, -kLargest<T>, kLargest<T>) : v;
 }
 
+#if !defined(__clang__)
+// 2 W numbers as bf16, half to even; NaN must have no more than its first bit.
+template <int... I>
+INLINE Vec two_as_bf16(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  const Words first = bits_of(a), second = bits_of(b);
+  const Halves low = (Halves)(first + 0x7fffu + (first >> 16 & 1u));
+  const Halves high = (Halves)(second + 0x7fffu + (second >> 16 & 1u));
+  return {(Floats)__builtin_shuffle(low, high, Halves{uint16_t(2 * I + 1)...})};
+}
+#endif
+
 template <bool Clamp, class C, class T>
 INLINE void decode_bytes(const uint8_t* codes, T* out, i64 n, float scale, float zero, bool past) {
   const Vec s = set1(scale), z = set1(zero);
   i64 i = 0;
+#if !defined(__clang__)
+  if constexpr (W == 16 && !Clamp && std::is_same_v<T, bf16>)
+    for (; i + 2 * W <= n; i += 2 * W) {
+      const Vec a = decoded<false, C, T>((Words)load_bytes(codes + i), s, z);
+      const Vec b = decoded<false, C, T>((Words)load_bytes(codes + i + W), s, z);
+      const Vec both = two_as_bf16(a, b, std::make_integer_sequence<int, 2 * W>{});
+      write(past, (float*)(out + i), both, All{});
+    }
+#endif
   for (; i + W <= n; i += W)
     write(past, out + i, decoded<Clamp, C, T>((Words)load_bytes(codes + i), s, z), All{});
   if (i < n) {
@@ -56,19 +76,18 @@ INLINE void decode_pairs(const uint8_t* codes, T* out, i64 n, bool past, const F
 }
 
 #if !defined(__clang__)
-// All 16 values of a group, of 16 bits, twice in a register of 32: a permutation decodes, and looks
-// at no more than five bits of an index.
+// All 16 values of a group, of 16 bits, in both halves of a lane each: a permutation decodes, and
+// looks at no more than five bits of an index, of which the lowest one does not matter.
 template <class T>
 INLINE i64 decode_halves(Vec values, const uint8_t* codes, T* out, i64 n, bool past) {
-  typedef uint16_t Halves __attribute__((vector_size(W * 4)));
-  alignas(64) T room[2 * W];
+  T room[W];
   store(room, values);
-  store(room + W, values);
-  const Halves twice = read_as<Halves>(room);
+  const Words raised = bits_of(load(reinterpret_cast<const bf16*>(room)));  // bits as they are
+  const Halves twice = (Halves)(raised | raised >> 16);
   i64 i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
     const Words both = (Words)load_bytes(codes + i / 2);
-    const Halves made = __builtin_shuffle(twice, (Halves)(both | both << 12));
+    const Lane32 made = pick_halves((Lane32)twice, (Lane32)(both << 1 | both << 13));
     write(past, (float*)(out + i), Vec{(Floats)made}, All{});
   }
   return i;
@@ -127,8 +146,8 @@ APART void dequantize_piece(const Dequantize& a, i64 row, i64 from, i64 n, bool 
   const uint8_t* codes = static_cast<const uint8_t*>(a.codes) + row * row_bytes<C>(a.shape.cols) +
                          row_bytes<C>(from);
   T* out = static_cast<T*>(a.output) + row * a.shape.cols + from;
-  for (i64 i = 0; i < n;) {
-    const i64 at = base + (from + i) / size, count = least(n - i, size - (from + i) % size);
+  i64 at = base + from / size, count = least(n, size - from % size);
+  for (i64 i = 0; i < n; ++at, count = least(n - i, size)) {
     const float zero = kHasZero<C> ? number_at(a.zeros, a.scale_type, at) : 0.0f;
     decode<C>(codes, out + i, count, number_at(a.scales, a.scale_type, at), zero,
               past && lined_up(out + i));

@@ -35,19 +35,106 @@ INLINE void encode(const T* x, uint8_t* codes, i64 n, const Scale& s, bool power
     encode_apart<C>(x, codes, n, s);
 }
 
-// Groups of `size` next to each other, each a whole number of pairs of vectors.
+// Codes of groups of `size` next to each other, each a whole number of pairs of vectors; how many
+// values were done: pairs of pairs. As many values behind them, whose turn is next, are on their
+// way from memory meanwhile.
 template <class C, bool Power, class T>
-INLINE void encode_chunk(const T* x, uint8_t* codes, i64 groups, i64 size, const Chunk& c) {
+INLINE i64 encode_chunk(const T* x, uint8_t* codes, i64 groups, i64 size, const Chunk& c) {
+  const i64 values = groups * size / (4 * W) * (4 * W);
+  const uintptr_t ahead = uintptr_t(groups * size) * sizeof(T);
+  i64 g = 0, left = size;
+  for (i64 i = 0; i < values; i += 4 * W, x += 4 * W) {
+    for (uintptr_t line = 0; line < 4 * W * sizeof(T); line += 64)
+      __builtin_prefetch((const void*)(uintptr_t(x) + ahead + line));
+    Words made[4];
+#pragma GCC unroll 2
+    for (int half = 0; half < 4; half += 2) {
+      if (left == 0) ++g, left = size;
+      left -= 2 * W;
+      const Vec scale = set1(c.value[g]), inverse = set1(c.inverse[g]), zero = set1(c.zero[g]);
+#pragma GCC unroll 2
+      for (int k = half; k < half + 2; ++k) {
+        const Vec v = get(x + k * W, All{});
+        made[k] = C::template code<true>(ratio<true, Power>(v, scale, inverse), v, zero);
+      }
+    }
+    const auto lane = [&](int k) INLINE_LAMBDA { return (Lane32)made[k]; };
+    if (C::kPacked)
+      store_nibbles(codes + i / 2, lane(0), lane(1), lane(2), lane(3));
+    else
+      store_bytes(codes + i, lane(0), lane(1), lane(2), lane(3));
+  }
+  return values;
+}
+
+// nf4 and fp4 of numbers of 16 bits, where a register holds 32 of them: thresholds are such numbers,
+// too, and all compare as integers in the order of their values.
+template <class C, class T>
+constexpr bool kByEdges = false;
+#if !defined(__clang__)
+template <class C>
+constexpr bool kSearches = std::is_same_v<C, Nf4> || std::is_same_v<C, Fp4>;
+template <class C>
+constexpr bool kByEdges<C, bf16> = kSearches<C> && W == 16;
+template <class C>
+constexpr bool kByEdges<C, f16> = kSearches<C> && W == 16;
+
+typedef int16_t Ordered __attribute__((vector_size(W * 4)));
+
+// The largest numbers of type T whose quotients are not above a group's thresholds, in both halves
+// of each lane; from thresholds 7, 3, 1 and 0 on, as Steps has them.
+template <class C, class T>
+struct Edges {
+  Ordered by8, by4, by2, by1;
+
+  template <int... I>
+  INLINE_MEMBER static Ordered moved(Words all, int by, std::integer_sequence<int, I...>) {
+    return (Ordered)__builtin_shuffle(all, Words{} + uint32_t(by) + Words{uint32_t(I)...});
+  }
+  INLINE_MEMBER Edges(Vec scale, Vec inverse) {
+    const Vec limits = load(C::kThresholds.at);
+    T room[W];
+    store(room, limits * scale);
+    const Vec near = load(room);  // an edge, or the number above one
+    Ints bits = (Ints)bits_of(load(reinterpret_cast<const bf16*>(room))) >> 16;  // as they are
+    bits = (bits ^ (bits >> 31 & 0x7fff)) + (exact_quotient(near, scale, inverse).v > limits.v);
+    const Words all = ((Words)bits & 0xffffu) | (Words)bits << 16;
+    const auto lanes = std::make_integer_sequence<int, W>{};
+    by8 = (Ordered)__builtin_shuffle(all, words(7));
+    by4 = moved(all, 3, lanes), by2 = moved(all, 1, lanes), by1 = (Ordered)all;
+  }
+  INLINE_MEMBER static Ordered at(Ordered table, Ordered index) {
+    return (Ordered)pick_halves((Lane32)table, (Lane32)index);
+  }
+  // Twice the number of thresholds below each.
+  INLINE_MEMBER Ordered count(Ordered x) const {
+    x ^= x >> 15 & 0x7fff;
+    Ordered n = (x > by8) & 16;
+    n += (x > at(by4, n)) & 8;
+    n += (x > at(by2, n)) & 4;
+    n += (x > at(by1, n)) & 2;
+    return n;
+  }
+};
+
+template <class C, class T>
+INLINE i64 encode_by_edges(const T* x, uint8_t* codes, i64 groups, i64 size, const Chunk& c) {
+  uint32_t numbers[W] = {};
+  for (int i = 0; std::is_same_v<C, Fp4> && i < 15; ++i) numbers[i] = kFp4Order[i] * 0x20002u;
+  const Ordered order = read_as<Ordered>(numbers);
+  const uintptr_t ahead = uintptr_t(groups * size) * sizeof(T);
   for (i64 g = 0; g < groups; ++g) {
-    const Vec scale = set1(c.value[g]), inverse = set1(c.inverse[g]), zero = set1(c.zero[g]);
-    for (const T* end = x + size; x < end; x += 2 * W, codes += 2 * W) {
-      const Vec a = get(x, All{}), b = get(x + W, All{});
-      const Vec p = ratio<true, Power>(a, scale, inverse), q = ratio<true, Power>(b, scale, inverse);
-      store_bytes(codes, (Lane32)C::template code<true>(p, a, zero));
-      store_bytes(codes + W, (Lane32)C::template code<true>(q, b, zero));
+    const Edges<C, T> edges(set1(c.value[g]), set1(c.inverse[g]));
+    for (const T* end = x + size; x < end; x += 2 * W, codes += W) {
+      __builtin_prefetch((const void*)(uintptr_t(x) + ahead));
+      Ordered n = edges.count(read_as<Ordered>(x));
+      if (std::is_same_v<C, Fp4>) n = edges.at(order, n);
+      store_bytes(codes, (Lane32)((Words)n >> 1 | (Words)n >> 13));
     }
   }
+  return groups * size;
 }
+#endif
 
 // Collects the codes of a stretch of a row and writes them out.
 template <class C>
@@ -78,19 +165,20 @@ struct Writer {
       n -= take;
     }
   }
-  // Groups of `size`, at most kRoom values in all, that fill vectors and have plain scales.
+  // Groups of `size` that fill vectors and have plain scales.
   template <class T>
   INLINE_MEMBER void add_chunk(const T* x, i64 groups, i64 size, const Chunk& c, bool power) {
     flush();
-    uint8_t* to = C::kPacked ? room : out;
-    if (std::is_same_v<C, E4m3> && power)
-      encode_chunk<C, true>(x, to, groups, size, c);
+    const bool exact = std::is_same_v<C, E4m3> && power;
+    i64 done;
+    if constexpr (kByEdges<C, T>)
+      done = encode_by_edges<C>(x, out, groups, size, c);
     else
-      encode_chunk<C, false>(x, to, groups, size, c);
-    if (C::kPacked)
-      fill = groups * size;
-    else
-      out += groups * size;
+      done = exact ? encode_chunk<C, true>(x, out, groups, size, c)
+                   : encode_chunk<C, false>(x, out, groups, size, c);
+    out += C::kPacked ? done / 2 : done;
+    const i64 last = groups - 1, rest = groups * size - done;
+    if (rest) add(x + done, rest, {c.value[last], c.inverse[last], c.zero[last], true}, power);
   }
   // An odd row ends in a byte whose upper half holds the code of 0.
   INLINE_MEMBER void close(const Scale& last) {
@@ -111,13 +199,17 @@ APART void quantize_groups(const Quantize& a, i64 row, i64 from, i64 n, i64 size
   Scale s{};
   for (i64 i = 0; i < n; i += together * size, at += together) {
     const i64 groups = least(together, ceil_div(n - i, size));
-    for (i64 g = 0; g < groups; ++g) {
-      const Extent e = extent<C>(x + i + g * size, least(size, n - i - g * size));
-      c.high[g] = e.high, c.low[g] = e.low;
+    const bool whole = fills_vectors(size) && i + groups * size <= n;
+    if (whole && groups > 1) {
+      extents<C>(x + i, groups, size, c);
+    } else {
+      for (i64 g = 0; g < groups; ++g) {
+        const Extent e = extent<C>(x + i + g * size, least(size, n - i - g * size));
+        c.high[g] = e.high, c.low[g] = e.low;
+      }
     }
     const bool plain = make_scales<C>(a, c, groups, at);
-    const i64 values = groups * size;
-    if (plain && i + values <= n && values <= kRoom && fills_vectors(size)) {
+    if (plain && whole) {
       writer.add_chunk(x + i, groups, size, c, power);
       continue;
     }
@@ -136,16 +228,33 @@ template <class C, class T>
 APART void quantize_blocks(const Quantize& a, i64 row, i64 height, i64 from, i64 n, i64 at) {
   const i64 cols = a.shape.cols, b = -a.shape.group;
   const T* x = static_cast<const T*>(a.input) + row * cols + from;
+  Peak<C, T> peaks[kTogether];
   Extent found[kTogether];
   Scale scales[kTogether];
-  for (i64 i = 0; i < height; ++i)
-    for (i64 j = 0; j * b < n; ++j)
-      found[j].merge(extent<C>(x + i * cols + j * b, least(b, n - j * b)));
-  for (i64 j = 0; j * b < n; ++j) scales[j] = make_scale<C>(a, found[j], at + j);
+  Chunk c;
+  bool whole = fills_vectors(b) && n % b == 0;
+  for (i64 i = 0; i < height; ++i) {
+    const uintptr_t below = uintptr_t(x + (i + 4) * cols);  // each row lies on a page of its own
+    for (uintptr_t line = 0; line < uintptr_t(n) * sizeof(T); line += 64)
+      __builtin_prefetch((const void*)(below + line));
+    for (i64 j = 0; j * b < n; ++j) {
+      if (whole)
+        peaks[j].take_all(x + i * cols + j * b, b);
+      else
+        found[j].merge(extent<C>(x + i * cols + j * b, least(b, n - j * b)));
+    }
+  }
+  for (i64 j = 0; j * b < n; ++j) {
+    found[j].merge(peaks[j].close());
+    const Scale s = scales[j] = make_scale<C>(a, found[j], at + j);
+    c.value[j] = s.value, c.inverse[j] = s.inverse, c.zero[j] = s.zero;
+    whole = whole && s.plain;
+  }
   for (i64 i = 0; i < height; ++i) {
     Writer<C> writer(static_cast<uint8_t*>(a.codes) + (row + i) * row_bytes<C>(cols) +
                      row_bytes<C>(from));
-    i64 j = 0;
+    if (whole) writer.add_chunk(x + i * cols, n / b, b, c, false);
+    i64 j = whole ? n / b : 0;
     for (; j * b < n; ++j)
       writer.add(x + i * cols + j * b, least(b, n - j * b), scales[j], false);
     writer.close(scales[j - 1]);

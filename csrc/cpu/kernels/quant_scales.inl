@@ -17,55 +17,120 @@ constexpr bool kHasZero = std::is_same_v<C, Int4Zero>;
 template <class C>
 constexpr bool kTwoSided = kHasZero<C> || std::is_same_v<C, Int4>;
 
-// Bits of a number that is not negative, from those of a type of its own.
-INLINE uint32_t float_bits(const float*, uint32_t bits) { return bits; }
-INLINE uint32_t float_bits(const bf16*, uint32_t bits) { return bits << 16; }
-INLINE uint32_t float_bits(const f16*, uint32_t bits) {
-  if (bits < 0x400) return bits_of(float(int(bits)) * 0x1p-24f);
-  return (bits << 13) + (bits < 0x7c00 ? 0x38000000u : 0x70000000u);
+// Groups whose scales are made together; lanes behind the last one hold ones.
+constexpr i64 kTogether = 64;
+struct alignas(64) Chunk {
+  uint32_t high[kTogether], low[kTogether];
+  float value[kTogether], inverse[kTogether], zero[kTogether];
+};
+// Groups of which as many fill whole vectors: their loops have no rest.
+INLINE bool fills_vectors(i64 size) { return size % (2 * W) == 0; }
+template <class V, class T>
+INLINE V read_as(const T* p) {
+  V out;
+  __builtin_memcpy(&out, p, sizeof(out));
+  return out;
 }
 
-// Numbers of either sign compare as the integers of their bits do: no conversion is needed.
+// Bits, as floats, of the numbers, not negative ones, that a lane holds: the larger of two of 16
+// bits, or one of 32.
+INLINE Words float_bits(const float*, Words bits) { return bits; }
+INLINE Words float_bits(const bf16*, Words bits) {
+  return larger(bits << 16, bits & 0xffff0000u);
+}
+INLINE Words float_bits(const f16*, Words both) {
+  const Words bits = larger(both & 0xffffu, both >> 16);
+  const Words normal = (bits << 13) + pick((Words)(bits < 0x7c00u), words(0x38000000u),
+                                           words(0x70000000u));
+  return pick((Words)(bits < 0x400u), bits_of(from_int(bits) * set1(0x1p-24f)), normal);
+}
+
+// What of a group is largest, lane by lane. Numbers of either sign compare as the integers of
+// their bits do: no conversion is needed.
 template <class C, class T>
-INLINE Extent extent(const T* x, i64 n) {
+struct Peak {
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
   typedef Int Lanes __attribute__((vector_size(W * 4)));
-  constexpr i64 kLanes = W * 4 / i64(sizeof(T));
-  constexpr Int kSign = Int(sizeof(T) == 4 ? 0x80000000u : 0x8000u);
-  Lanes high[2] = {}, low[2] = {};
-  const auto take = [&](Lanes v, int k) INLINE_LAMBDA {
-    const Lanes first = kTwoSided<C> ? v : v & Int(~kSign), second = v ^ kSign;
-    high[k] = first > high[k] ? first : high[k];
-    if (kTwoSided<C>) low[k] = second > low[k] ? second : low[k];
-  };
+  static constexpr i64 kLanes = W * 4 / i64(sizeof(T));
+  static constexpr Int kSign = Int(sizeof(T) == 4 ? 0x80000000u : 0x8000u);
+  Lanes high{}, low{};
+
+  INLINE_MEMBER static Lanes larger_of(Lanes a, Lanes b) { return a > b ? a : b; }
+  INLINE_MEMBER void take(Lanes v) {
+    high = larger_of(kTwoSided<C> ? v : v & Int(~kSign), high);
+    if (kTwoSided<C>) low = larger_of(v ^ kSign, low);
+  }
+  INLINE_MEMBER void merge(const Peak& o) {
+    high = larger_of(o.high, high);
+    if (kTwoSided<C>) low = larger_of(o.low, low);
+  }
+  // n numbers, a multiple of kLanes.
+  INLINE_MEMBER void take_all(const T* x, i64 n) {
+    for (const T* end = x + n; x < end; x += kLanes) take(read_as<Lanes>(x));
+  }
+  INLINE_MEMBER static uint32_t top(Lanes v) {
+    return top_bits(as_float(float_bits(static_cast<const T*>(nullptr), (Words)v)));
+  }
+  INLINE_MEMBER Extent close() const {
+    Extent out;
+    out.high = top(high);
+    if (kTwoSided<C>) out.low = top(low);
+    return out;
+  }
+};
+
+template <class C, class T>
+INLINE Extent extent(const T* x, i64 n) {
+  using P = Peak<C, T>;
+  P a, b;
   i64 i = 0;
-  Lanes v;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    __builtin_memcpy(&v, x + i, sizeof(v));
-    take(v, 0);
-    __builtin_memcpy(&v, x + i + kLanes, sizeof(v));
-    take(v, 1);
+  for (; i + 2 * P::kLanes <= n; i += 2 * P::kLanes) {
+    a.take(read_as<typename P::Lanes>(x + i));
+    b.take(read_as<typename P::Lanes>(x + i + P::kLanes));
   }
-  if (i + kLanes <= n) {
-    __builtin_memcpy(&v, x + i, sizeof(v));
-    take(v, 0);
-    i += kLanes;
+  for (; i < n; i += P::kLanes) {
+    T rest[P::kLanes] = {};
+    __builtin_memcpy(rest, x + i, least(P::kLanes, n - i) * i64(sizeof(T)));
+    a.take(read_as<typename P::Lanes>(rest));
   }
-  if (i < n) {
-    Int rest[kLanes] = {};
-    __builtin_memcpy(rest, x + i, (n - i) * i64(sizeof(T)));
-    __builtin_memcpy(&v, rest, sizeof(v));
-    take(v, 1);
+  a.merge(b);
+  return a.close();
+}
+
+// W vectors to one: lane i is the largest of vector i's. Neighbours in the end are halves apart in
+// the beginning.
+template <class P, int Half>
+INLINE void reduce_lanes(Vec (&v)[W]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Half; ++i) {
+    Vec first, second;
+    zip(v[i], v[i + Half], first, second);
+    using Lanes = typename P::Lanes;
+    v[i] = Vec{(Floats)P::larger_of((Lanes)first.v, (Lanes)second.v)};
   }
-  const auto all = [](const Lanes(&a)[2]) INLINE_LAMBDA {
-    Words both = (Words)(a[0] > a[1] ? a[0] : a[1]);
-    if (sizeof(T) == 2) both = larger(both & 0xffffu, both >> 16);
-    return float_bits(static_cast<const T*>(nullptr), top_bits(as_float(both)));
-  };
-  Extent out;
-  out.high = all(high);
-  if (kTwoSided<C>) out.low = all(low);
-  return out;
+  if constexpr (Half > 1) reduce_lanes<P, Half / 2>(v);
+}
+
+// Extents of groups next to each other, of whole vectors each.
+template <class C, class T>
+INLINE void extents(const T* x, i64 groups, i64 size, Chunk& c) {
+  using P = Peak<C, T>;
+  for (i64 g = 0; g < groups; g += W) {
+    Vec high[W], low[W];
+    const i64 count = least(W, groups - g);
+    for (i64 i = 0; i < W; ++i) {
+      P peak;
+      if (i < count) peak.take_all(x + (g + i) * size, size);
+      high[i] = Vec{(Floats)peak.high};
+      low[i] = Vec{(Floats)peak.low};
+    }
+    const auto* type = static_cast<const T*>(nullptr);
+    reduce_lanes<P, W / 2>(high);
+    store((float*)(c.high + g), as_float(float_bits(type, bits_of(high[0]))));
+    if (kTwoSided<C>) reduce_lanes<P, W / 2>(low);
+    const Words least_bits = kTwoSided<C> ? float_bits(type, bits_of(low[0])) : words(0);
+    store((float*)(c.low + g), as_float(least_bits));
+  }
 }
 
 // ---- the scale of a group
@@ -125,21 +190,6 @@ INLINE Scale make_scale(const Quantize& a, const Extent& e, i64 at) {
   const float value = finite ? as_float(size) / C::kMost : nan;
   static_cast<float*>(a.scales)[at] = value;
   return finish(value, finite);
-}
-
-// Groups whose scales are made together; lanes behind the last one hold ones.
-constexpr i64 kTogether = 64;
-struct alignas(64) Chunk {
-  uint32_t high[kTogether], low[kTogether];
-  float value[kTogether], inverse[kTogether], zero[kTogether];
-};
-// Groups of which as many fill whole vectors: their loops have no rest.
-INLINE bool fills_vectors(i64 size) { return size % (2 * W) == 0; }
-template <class V, class T>
-INLINE V read_as(const T* p) {
-  V out;
-  __builtin_memcpy(&out, p, sizeof(out));
-  return out;
 }
 
 // The scales of n groups, as make_scale has them; false, with nothing written, if one of them is
