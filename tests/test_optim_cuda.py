@@ -95,6 +95,33 @@ def test_as_the_reference(calls, cls, options, clip):
             assert proof.ok, proof.message
 
 
+@pytest.mark.parametrize(
+    "options, dtype",
+    [
+        ({"max_grad_norm": 0.5, "weight_decay": 0.5}, FP32),
+        ({"nesterov": False, "momentum": 0.8, "master_weights": True}, BF16),
+        ({"adjust_lr_fn": "match_rms_adamw", "stochastic_rounding": True}, BF16),
+    ],
+    ids=str,
+)
+def test_muon_as_the_reference(calls, options, dtype):
+    """Momentum in one launch, orthogonal matrices by torch's products, the step in another one."""
+    shapes = ((30, 50), (50, 30), (64, 64), (0, 3), (1, 9))
+    start = parameters(dtype, shapes)
+    a, b = parameters(dtype, shapes), parameters(dtype, shapes)
+    a[1].data = a[1].data.t().contiguous().t()  # lies by columns
+    ours, plain = optim.Muon(a, lr=0.1, **options), optim.Muon(b, lr=0.1, **options)
+    made, right = train(ours, a, "cuda"), train(plain, b, "reference")
+    assert len(calls) == 6
+    low = 0 if dtype == FP32 or options.get("master_weights") else 2e-3
+    for i, (x, y, p) in enumerate(zip(made, right, start, strict=True)):
+        step = (y.float() - p.float()).norm()
+        assert (x.float() - y.float()).norm() <= 0.03 * step + low * p.float().norm()
+        assert (step > 0) == (i not in (1, 3))
+    for x, y in zip(values(ours), values(plain), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6 if x.dtype == FP32 else 0.02)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("grad", [None, FP32])
 @pytest.mark.parametrize("master", [False, True])

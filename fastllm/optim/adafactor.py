@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastllm import _C
-from fastllm.optim.directed import EXTRAS, Directed, Way, computed, norms, wide
-from fastllm.optim.settings import SGD, Settings
+from fastllm.optim.directed import EXTRAS, Directed, Way, along, computed, norms, wide
+from fastllm.optim.settings import SGD
 from fastllm.optim.work import Work
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -104,12 +104,7 @@ class Adafactor(Directed, torch.optim.Adafactor):
             torch._foreach_add_(work.steps, 1.0 if found is None else 1.0 - found)
             lengths = torch._foreach_norm(wide(work), dtype=torch.float32)
             ways = [_way_there(work, i, n, factor, found) for i, n in enumerate(lengths)]
-            # SGD's factor of the parameter is 1 - lr * weight_decay; the size is the tensor's own
-            settings = Settings(
-                1.0, weight_decay=s.lr * s.weight_decay, decoupled=True, stochastic=s.stochastic,
-                seed=s.seed,
-            )  # fmt: skip
-            alongs.append(work._replace(settings=settings, grads=[u for u, _ in ways]))
+            alongs.append(along(work, [u for u, _ in ways], s.lr * s.weight_decay))
             sizes.append(torch.stack([size for _, size in ways]))
         kernels.run_along(alongs, sizes, found)
         return norm
@@ -153,8 +148,6 @@ def _way_there(
         col = blend(state["col_var"], by_col * (factor**2 / max(rows, 1)))
         row = row / row.mean(-2, keepdim=True).clamp_(min=floor)
         u, squares = kernels.direction(g, row, col, factor, floor * floor)
-    if u.stride() != p.stride():
-        u = torch.empty_like(p, dtype=torch.float32).copy_(u)
     far = (length / many**0.5).clamp(min=s.least) * (time**-0.5).clamp(max=s.lr)
     return u, far / ((squares / many).sqrt() / s.d).clamp(min=1.0)
 
