@@ -221,7 +221,7 @@ def test_hostile_gradients(value, kept):
 @inside
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_muon_as_the_reference(nesterov):
-    """Momentum and step by our kernels, also of matrices that lie by columns; inf changes nothing."""
+    """Momentum and step are our kernels', matrices by columns too; inf changes nothing."""
     torch.manual_seed(0)
     start = [torch.randn(30, 50), torch.randn(64, 20), torch.randn(40, 30).t(), torch.randn(0, 3)]
     a, b = [Parameter(p.clone()) for p in start], [Parameter(p.clone()) for p in start]

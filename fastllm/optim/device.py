@@ -64,8 +64,6 @@ def _run(
 ) -> str | None:
     """Updates everything, or changes nothing and returns why."""
     indirect = None if optimizer.direct else optimizer.on_device
-    if not optimizer.direct and backend not in optimizer.on_devices:
-        return "looks at whole tensors"
     kind = optimizer.kind
     found, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
     every = (p for g in optimizer.param_groups for p in g["params"])

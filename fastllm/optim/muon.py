@@ -33,7 +33,6 @@ class Muon(Directed, torch.optim.Muon):
     kind = SGD
     places = ("momentum_buffer",)
     counted = False
-    on_devices = ("cuda", "triton")
 
     def __init__(
         self,
