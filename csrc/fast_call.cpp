@@ -171,16 +171,17 @@ PyObject* fast_embedding(PyObject*, PyObject* const* args, Py_ssize_t count) {
       input.t.ndim > kMostDims)
     return declined();
   const int64_t rows = weight.t.shape[0], row_bytes = rows ? weight.bytes() / rows : 0;
-  const int64_t bytes = input.numel * row_bytes;
+  // a copy is as small as arithmetic on a quarter of its bytes
+  const int64_t bytes = input.numel * row_bytes, size = bytes / 4;
   embedding::Gather arguments{wide, input.data(), weight.data(), nullptr, input.numel, row_bytes,
-                              row_bytes, threads_for(bytes)};
+                              row_bytes, threads_for(size)};
   if (bytes > kFewRows || embedding::first_outside(arguments, rows) >= 0) return declined();
   int64_t sizes[kMostDims + 1];
   const int dims = input.t.ndim;
   std::copy(input.t.shape, input.t.shape + dims, sizes);
   sizes[dims] = weight.t.shape[1];
   PyObject* made = allocate_shape(args[0], sizes, dims + 1, arguments.output);
-  if (made && !launch(embedding::kernels().gather, arguments, bytes)) Py_CLEAR(made);
+  if (made && !launch(embedding::kernels().gather, arguments, size)) Py_CLEAR(made);
   return made;
 }
 
