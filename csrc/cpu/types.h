@@ -4,7 +4,7 @@
 
 namespace fastllm {
 
-enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
 
 struct bf16 {
   uint16_t bits;

@@ -12,7 +12,8 @@ from fastllm.core.measure import Call, Factory, copies, interleave, rotation
 
 _BIG = 256 << 20  # bytes: past every cache
 _SIDES = {"cpu": (256, 1024, 2048), "cuda": (1024, 4096, 8192)}  # a core peaks on less than all
-_ARITHMETIC = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 0}  # of csrc/cpu/types.h
+# codes of csrc/cpu/types.h; fp16 is computed in fp32
+_ARITHMETIC = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 0, torch.int8: 3}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -87,7 +88,8 @@ def arithmetic(
 ) -> tuple[Factory, int] | None:
     """A candidate and the operations of a call: multiply-adds on registers alone, on all threads.
 
-    fp32 by FMA, bf16 by dot products or tiles where the machine has them; nothing can be faster.
+    fp32 by FMA, bf16 and int8 by dot products or tiles where the machine has them, on mixed
+    numbers: nothing can be faster.
     None where this cannot be measured: on a GPU, and for types that are not computed so.
     """
     if dtype not in _ARITHMETIC or torch.device(device).type != "cpu":

@@ -47,6 +47,7 @@ class Trial:
     nbytes    the least bytes that have to move; flops: the least floating point operations
     sets      input sets; 1 where the inputs stay in the cache, unless `cold` says they outgrow it
     backend   what ours runs on, for the table
+    counts    whose arithmetic the operations are, where they are not the scenario's dtype's
     """
 
     ours: Factory
@@ -58,6 +59,7 @@ class Trial:
     sets: int = 1
     cold: bool = False
     backend: str = "cpu"
+    counts: torch.dtype | None = None
 
 
 @dataclass(frozen=True)

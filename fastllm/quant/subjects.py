@@ -145,6 +145,7 @@ def _trial(
         sets=sets,
         cold=True,
         backend="cpu" if device == "cpu" else "triton",
+        counts=None if mode == FLOAT else torch.int8,
     )
 
 

@@ -97,7 +97,8 @@ def measure(
     if wrong or trial is None:
         return row
     candidates = _candidates(trial, device, compiled, row.absent)
-    bare = arithmetic(scenario.dtype, device, item.threads) if row.flops else None
+    counts = trial.counts or scenario.dtype
+    bare = arithmetic(counts, device, item.threads) if row.flops else None
     if bare is not None:
         candidates[_BARE] = bare[0]
     found = interleave(

@@ -124,7 +124,7 @@ def compare_encoders(
         ).tolist()
     ]
     speed = {n: total / encoder._pass_seconds(found, n, len(inputs)) for n in models}
-    speedup = found.speedup(QUANTIZED, over=FLOAT)
+    speedup = encoder.pass_speedup(found, QUANTIZED, FLOAT, len(inputs))
     return EncoderResult(speed, speedup, cosines, handle.report())
 
 

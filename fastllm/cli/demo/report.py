@@ -78,14 +78,16 @@ def notes(found: Findings) -> list[str]:
     back = "gave the original back bit for bit" if encoder.restored else "DID NOT restore the model"
     lines = [
         f"encoder: all-MiniLM-L6-v2, {encoder.sentences} sentences in batches of similar length, "
-        f"{encoder.passes} passes in turns; {encoder.report.summary}; restore() {back}",
+        f"{encoder.passes} passes in turns; swapped with unpad=True: {encoder.report.summary}; "
+        f"restore() {back}",
         f"Llama: {llama.parameters / 1e6:.1f} million parameters, {llama.size.tokens} bytes of "
         f"text a step, {len(llama.losses[STOCK])} steps in turns; {llama.report.summary}",
         f"distillation: the trained Llama teaches one of {found.distil.parameters / 1e6:.1f} "
         f"million parameters, {len(found.distil.losses[STOCK])} steps in turns; stock: F.kl_div "
         "and F.cross_entropy of both logits; swapped: linear_distillation_loss of hidden states",
-        "ratios are medians of quotients within a turn, quartiles in brackets; most of the time "
-        "goes into matrix products, where torch's own code runs wherever it is as fast",
+        "ratios are medians of quotients within a turn (for encoders, a pass), quartiles in "
+        "brackets; most of the time goes into matrix products, where torch's own code runs "
+        "wherever it is as fast",
     ]
     if found.training:
         lines.append(
