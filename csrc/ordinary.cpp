@@ -181,7 +181,8 @@ namespace {
 void bind_torch(py::object tensor, py::object parameter, py::object empty_like,
                 py::object pool_empty_like, int64_t pool_from, py::object new_empty_strided,
                 py::object is_negative, py::object requires_grad, py::object grad_enabled,
-                py::object threads, py::object deterministic, py::object choice, py::dict forward_ad, py::tuple guards) {
+                py::object threads, py::object deterministic, py::object choice,
+                py::dict forward_ad, py::tuple guards) {
   py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
   auto* api = static_cast<const dlpack::ExchangeApi*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));

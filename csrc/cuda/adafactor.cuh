@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(kOptimThreads) factor_moments(FactorStep p) {
   float sum = 0.0f;
   for (int64_t r = threadIdx.x; r < row.rows; r += kOptimThreads) {
     float moment = moments[r];
-    if (!still) moment = moments[r] = blended(moment, by_row[r] / static_cast<float>(row.cols), mix);
+    const float mean_square = by_row[r] / static_cast<float>(row.cols);
+    if (!still) moment = moments[r] = blended(moment, mean_square, mix);
     by_row[r] = moment;
     sum += moment;
   }
