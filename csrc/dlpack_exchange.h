@@ -8,7 +8,7 @@ namespace fastllm::dlpack {
 
 constexpr uint32_t kMajor = 1;
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 
 struct Device {
   int32_t type, id;

@@ -9,6 +9,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/kernels/activation.h"
+#include "cpu/kernels/embedding.h"
 #include "cpu/kernels/norm.h"
 #include "cpu/kernels/softmax.h"
 #include "ordinary.h"
@@ -18,6 +19,10 @@ namespace py = pybind11;
 namespace fastllm::activation {
 const Kernels& kernels();  // bindings/activation.cpp
 }  // namespace fastllm::activation
+namespace fastllm::embedding {
+const Kernels& kernels();            // bindings/embedding.cpp
+int64_t first_outside(const Gather&, int64_t rows);
+}  // namespace fastllm::embedding
 
 namespace fastllm {
 namespace {
@@ -144,6 +149,42 @@ PyObject* fast_softmax(PyObject*, PyObject* const* args, Py_ssize_t count) {
                                    threads_for(bytes)});
 }
 
+// ---- rows of a matrix
+
+constexpr int64_t kFewRows = 2 << 20;  // bytes: more of them need a pool's memory
+constexpr int kMostDims = 8;
+
+// Indices as the kernels read them: int64 or int32, contiguous, on the CPU.
+bool read_indices(PyObject* object, View& view, int& wide) {
+  if (!is_any_tensor(object) || !view_of(object, view.t)) return false;
+  const dlpack::Tensor& t = view.t;
+  wide = t.dtype.bits == 64;
+  return t.device.type == dlpack::kCpu && t.dtype.code == dlpack::kInt && t.dtype.bits >= 32 &&
+         view.contiguous();
+}
+
+PyObject* fast_embedding(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 4) return wrong_count(4, count);
+  View weight, input;
+  int wide;
+  if (!weight.read(args[0]) || weight.t.ndim != 2 || !read_indices(args[1], input, wide) ||
+      input.t.ndim > kMostDims)
+    return declined();
+  const int64_t rows = weight.t.shape[0], row_bytes = rows ? weight.bytes() / rows : 0;
+  // a copy is as small as arithmetic on a quarter of its bytes
+  const int64_t bytes = input.numel * row_bytes, size = bytes / 4;
+  embedding::Gather arguments{wide, input.data(), weight.data(), nullptr, input.numel, row_bytes,
+                              row_bytes, threads_for(size)};
+  if (bytes > kFewRows || embedding::first_outside(arguments, rows) >= 0) return declined();
+  int64_t sizes[kMostDims + 1];
+  const int dims = input.t.ndim;
+  std::copy(input.t.shape, input.t.shape + dims, sizes);
+  sizes[dims] = weight.t.shape[1];
+  PyObject* made = allocate_shape(args[0], sizes, dims + 1, arguments.output);
+  if (made && !launch(embedding::kernels().gather, arguments, size)) Py_CLEAR(made);
+  return made;
+}
+
 template <PyObject* (*F)(PyObject*, PyObject* const*, Py_ssize_t)>
 void def_fast(py::module_& m, const char* name, const char* arguments) {
   static PyMethodDef method{};
@@ -169,6 +210,8 @@ void def_fast_calls(py::module_& m) {
   def_fast<&fast_activation<activation::kRelu2, false>>(m, "fast_relu2", "input");
   def_fast<&fast_activation<activation::kSilu, true>>(m, "fast_swiglu", "gate, up");
   def_fast<&fast_activation<activation::kGelu, true>>(m, "fast_geglu", "gate, up, approximate");
+  def_fast<&fast_embedding>(m, "fast_embedding",
+                            "weight, input, padding_idx, scale_grad_by_freq");
   def_fast<&fast_softmax<false>>(m, "fast_softmax", "input, dim");
   def_fast<&fast_softmax<true>>(m, "fast_log_softmax", "input, dim");
 }

@@ -21,6 +21,9 @@ bool is_any_tensor(PyObject* object);
 bool is_plain(PyObject* object);
 // A plain tensor's sizes and memory, borrowed.
 bool view_of(PyObject* object, dlpack::Tensor& view);
+// What a tensor's method without arguments, or attribute, answers; null with a Python error set.
+PyObject* ask_method(PyObject* method, PyObject* tensor);
+PyObject* ask_attribute(PyObject* descriptor, PyObject* tensor);
 bool wants_grad(PyObject* object);
 bool grad_enabled();
 // Whether algorithms must be deterministic.
@@ -46,6 +49,9 @@ inline int threads_for(int64_t bytes) { return bytes < kSmall ? 1 : thread_count
 
 // A new tensor like `object`, and where its memory is. Null with a Python error set.
 PyObject* allocate_like(PyObject* object, int64_t bytes, void*& data);
+
+// A new contiguous tensor of `dims` sizes, its dtype and device `object`'s, and where its memory is.
+PyObject* allocate_shape(PyObject* object, const int64_t* sizes, int dims, void*& data);
 
 // Runs a kernel, without the GIL when that pays. False with a Python error set.
 template <class Arguments>

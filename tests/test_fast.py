@@ -14,11 +14,15 @@ CALLS = {name: b.fast for name, op in OPS.items() for b in op.implementations if
 NORMS = ["rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"]
 UNARY = {"silu": (), "gelu": ("tanh",), "relu2": (), "softmax": (-2,), "log_softmax": (1,)}
 GATED = {"swiglu": (), "geglu": ("none",)}
+READS = ["embedding"]
 each_fast = pytest.mark.parametrize("name", CALLS)
 
 
 def arguments(name, rows=3, cols=40, dtype=torch.float32):
     x = torch.randn(rows, cols, dtype=dtype)
+    if name in READS:  # large reads are left to the backend
+        places = torch.randint(0, 50, (min(rows, 1000), 1))
+        return (torch.randn(50, cols, dtype=dtype), places, 3, False)
     if name in UNARY:
         return (x, *UNARY[name])
     if name in GATED:
@@ -34,7 +38,7 @@ def outputs(value):
 
 
 def test_who_has_fast_calls():
-    assert sorted(CALLS) == sorted([*NORMS, *UNARY, *GATED])
+    assert sorted(CALLS) == sorted([*NORMS, *UNARY, *GATED, *READS])
 
 
 @each_fast
@@ -63,6 +67,15 @@ def declined(name):
     yield "integers", (x.int(), *args[1:])
     yield "device", (x.to("meta"), *args[1:])
     yield "no tensor", ([1.0], *args[1:])
+    if name in READS:
+        for bad in (50, -1):
+            yield f"index {bad}", (x, torch.tensor([0, bad]), *args[2:])
+        yield "small indices", (x, args[1].short(), *args[2:])
+        yield "float indices", (x, args[1].float(), *args[2:])
+        yield "indices apart", (x, torch.zeros(4, 2, dtype=torch.int64)[:, 0], *args[2:])
+        yield "vector", (x[0], *args[1:])
+        yield "much", (x, torch.zeros(20_000, dtype=torch.int64), *args[2:])
+        yield "dims", (x, torch.zeros((1,) * 9, dtype=torch.int64), *args[2:])
     if name in ("softmax", "log_softmax"):
         for dim in (2, -3, 1.0, None, 1 << 70):
             yield f"dim {dim}", (x, dim)

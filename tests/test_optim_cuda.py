@@ -27,6 +27,9 @@ MAKERS = [
     (optim.Lion, {"weight_decay": 0.1}),
     (optim.LAMB, {"lr": 0.01}),
     (optim.LAMB, {"weight_decay": 0.0, "maximize": True}),
+    (optim.Adafactor, {}),
+    (optim.Adafactor, {"lr": 0.1, "weight_decay": 0.1, "d": 1.5, "eps": (1e-3, 1e-2)}),
+    (optim.Adafactor, {"maximize": True, "beta2_decay": -0.5}),
 ]
 
 
@@ -35,8 +38,13 @@ def library(tmp_path_factory):
     return emulated("optim", tmp_path_factory.mktemp("cuda"))
 
 
+@pytest.fixture(scope="module")
+def factored(tmp_path_factory):
+    return emulated("adafactor", tmp_path_factory.mktemp("cuda"))
+
+
 @pytest.fixture
-def calls(library, monkeypatch):
+def calls(library, factored, monkeypatch):
     """fastllm._cuda by the emulator, for tensors on the CPU; counts the steps."""
     made = []
 
@@ -53,7 +61,18 @@ def calls(library, monkeypatch):
         )  # fmt: skip
         assert error == 0
 
-    monkeypatch.setattr(cuda, "_cuda", types.SimpleNamespace(optim_step=optim_step))
+    def adafactor(rows, shares, moments, *rest):
+        made.append(rest[1])
+        counts, pointers, numbers = rest[:3], rest[3:10], rest[10:14]
+        error = factored.emulate_adafactor(
+            *map(ctypes.c_void_p, (rows, shares, moments)), *map(ctypes.c_int64, counts),
+            *map(ctypes.c_void_p, pointers), *map(ctypes.c_double, numbers),
+            ctypes.c_float(rest[14]),
+        )  # fmt: skip
+        assert error == 0
+
+    found = types.SimpleNamespace(optim_step=optim_step, adafactor=adafactor)
+    monkeypatch.setattr(cuda, "_cuda", found)
     monkeypatch.setattr(cuda, "available", lambda: None)
     monkeypatch.setitem(cuda.KINDS, "cpu", 1)
     return made
@@ -87,12 +106,39 @@ def test_as_the_reference(calls, cls, options, clip):
     options = options | {"max_grad_norm": clip}
     made, right = train(cls(a, **options), a, "cuda"), train(cls(b, **options), b, "reference")
     exact = train(cls(c, **options), c, "reference")
-    assert len(calls) == (6 if cls is optim.LAMB else 3)
+    assert len(calls) == (6 if cls in (optim.LAMB, optim.Adafactor) else 3)
     for i, (x, y, z) in enumerate(zip(made, right, exact, strict=True)):
         torch.testing.assert_close(x, y, rtol=2e-6, atol=2e-6)
         if cls is not optim.Lion:  # a sign may turn where the momentum is within rounding of zero
             proof = compare(f"parameter {i}", x, y, z)
             assert proof.ok, proof.message
+
+
+@pytest.mark.parametrize(
+    "options, dtype",
+    [
+        ({"max_grad_norm": 0.5, "weight_decay": 0.5}, FP32),
+        ({"nesterov": False, "momentum": 0.8, "master_weights": True}, BF16),
+        ({"adjust_lr_fn": "match_rms_adamw", "stochastic_rounding": True}, BF16),
+    ],
+    ids=str,
+)
+def test_muon_as_the_reference(calls, options, dtype):
+    """Momentum in one launch, orthogonal matrices by torch's products, the step in another one."""
+    shapes = ((30, 50), (50, 30), (64, 64), (0, 3), (1, 9))
+    start = parameters(dtype, shapes)
+    a, b = parameters(dtype, shapes), parameters(dtype, shapes)
+    a[1].data = a[1].data.t().contiguous().t()  # lies by columns
+    ours, plain = optim.Muon(a, lr=0.1, **options), optim.Muon(b, lr=0.1, **options)
+    made, right = train(ours, a, "cuda"), train(plain, b, "reference")
+    assert len(calls) == 6
+    low = 0 if dtype == FP32 or options.get("master_weights") else 2e-3
+    for i, (x, y, p) in enumerate(zip(made, right, start, strict=True)):
+        step = (y.float() - p.float()).norm()
+        assert (x.float() - y.float()).norm() <= 0.03 * step + low * p.float().norm()
+        assert (step > 0) == (i not in (1, 3))
+    for x, y in zip(values(ours), values(plain), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6 if x.dtype == FP32 else 0.02)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -127,7 +173,7 @@ def test_small_states_are_the_references(calls, kept, cls):
             torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("cls", [optim.AdamW, optim.LAMB])
+@pytest.mark.parametrize("cls", [optim.AdamW, optim.LAMB, optim.Adafactor])
 def test_stochastic_rounding_is_the_references(calls, cls):
     a, b = parameters(BF16), parameters(BF16)
     options = {"stochastic_rounding": True, "lr": 1e-3, "seed": 5}
@@ -135,7 +181,7 @@ def test_stochastic_rounding_is_the_references(calls, cls):
     right = train(cls(b, **options), b, "reference")
     for x, y in zip(made, right, strict=True):
         assert (x != y).float().mean() < 0.01 if x.numel() else True
-    if cls is optim.LAMB:
+    if cls is not optim.AdamW:
         return
     still = parameters(BF16)
     nearest = train(optim.AdamW(still, lr=1e-3), still, "cuda")
@@ -166,6 +212,35 @@ def test_scale_and_found_inf_stay_on_the_device(calls):
     for p, q in zip(a, b, strict=True):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
     assert {s["step"].item() for s in ours.state.values()} == {2.0}
+
+
+def test_adafactor_skips_and_takes_other_layouts(calls):
+    """A step with inf changes nothing; stacks of matrices, many rows, and those by columns."""
+    torch.manual_seed(0)
+    shapes = ((3, 20, 40), (17, 300), (40,), (4500, 3))
+    a = [Parameter(torch.randn(s)) for s in shapes] + [Parameter(torch.randn(30, 50).t())]
+    b = [Parameter(p.detach().clone()) for p in a]
+    ours, plain = optim.Adafactor(a, lr=0.1), optim.Adafactor(b, lr=0.1)
+    for step in range(4):
+        for p, q in zip(a, b, strict=True):
+            q.grad = torch.randn(p.shape)
+            p.grad = torch.empty_like(p).copy_(q.grad) * 8
+        ours.grad_scale, ours.found_inf = torch.tensor(8.0), torch.tensor(float(step in (0, 2)))
+        if step in (0, 2):
+            a[0].grad.view(-1)[3] = float("inf")
+        before = [t.detach().clone() for t in (*a, *values(ours))]
+        with fastllm.backend("cuda"):
+            ours.step()
+        if step == 2:
+            after = [t.detach() for t in (*a, *values(ours))]
+            assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+        elif step != 0:
+            with fastllm.backend("reference"):
+                plain.step()
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
+    for x, y in zip(values(ours), values(plain), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
 
 
 def test_tables_are_kept_and_dropped_rightly(calls, monkeypatch):
@@ -253,14 +328,11 @@ def test_hostile_gradients(calls, value):
 
 
 def test_what_is_refused(calls):
-    p = Parameter(torch.randn(50))
-    p.grad = torch.randn(50)
     strided = Parameter(torch.randn(50, 2)[:, 0])
     strided.grad = torch.randn(50)
     wide = Parameter(torch.randn(5, dtype=torch.float64))
     wide.grad = torch.randn(5, dtype=torch.float64)
     for optimizer, why in (
-        (optim.Adafactor([p]), "whole tensors"),
         (optim.AdamW([strided]), "gaps"),
         (optim.AdamW([wide]), "dtypes"),
     ):

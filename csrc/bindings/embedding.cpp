@@ -5,6 +5,21 @@
 
 namespace fastllm::embedding {
 FASTLLM_LEVELS
+
+namespace {
+template <class T>
+int64_t outside(const T* indices, int64_t count, int64_t rows) {
+  for (int64_t i = 0; i < count; ++i)
+    if (indices[i] < 0 || int64_t(indices[i]) >= rows) return i;
+  return -1;
+}
+}  // namespace
+
+// The place of the first index that is not in [0, rows), or -1.
+int64_t first_outside(const Gather& a, int64_t rows) {
+  return a.wide ? outside(static_cast<const int64_t*>(a.input), a.count, rows)
+                : outside(static_cast<const int32_t*>(a.input), a.count, rows);
+}
 }  // namespace fastllm::embedding
 
 namespace fastllm::bindings {
@@ -24,13 +39,6 @@ void embedding_bwd(int dtype, int wide, ptr grad_output, ptr input, ptr grad_wei
                                 scale_grad_by_freq, threads});
 }
 
-template <class T>
-int64_t first_outside(const T* indices, int64_t count, int64_t rows) {
-  for (int64_t i = 0; i < count; ++i)
-    if (indices[i] < 0 || int64_t(indices[i]) >= rows) return i;
-  return -1;
-}
-
 }  // namespace
 
 void bind_embedding(py::module_& m) {
@@ -43,8 +51,9 @@ void bind_embedding(py::module_& m) {
   m.def(
       "first_outside",
       [](int wide, ptr indices, int64_t count, int64_t rows) {
-        return wide ? first_outside(at<const int64_t>(indices), count, rows)
-                    : first_outside(at<const int32_t>(indices), count, rows);
+        embedding::Gather a{};
+        a.wide = wide, a.input = at(indices), a.count = count;
+        return embedding::first_outside(a, rows);
       },
       "The place of the first index that is not in [0, rows), or -1.");
 }

@@ -69,6 +69,10 @@ struct Batch {
   explicit Batch(int which) : kind(which) {}
   // Settings are read anew, perhaps at the same address.
   void begin_group() { last_set = nullptr; }
+  void reserve(size_t more) {
+    tensors.reserve(tensors.size() + more), uses.reserve(uses.size() + more);
+    counts.reserve(counts.size() + more), times.reserve(times.size() + more);
+  }
   // false when the tensor is not an ordinary one.
   bool add(const double* set, const Items& item, uint32_t number, bool fresh) {
     Tensor t{};
@@ -208,6 +212,8 @@ py::object step_all(int kind, py::list groups, py::dict state, int threads) {
     if (!read_settings(settings.ptr(), set) || names.size() != kFields) Group::wrong();
     if (PyErr_Occurred()) throw py::error_already_set();
     batch.begin_group();
+    batch.reserve(params.size());
+    alive.reserve(alive.size() + 4 * params.size());
     bool stateful = false;
     for (int f = kState0; f < kFields; ++f) stateful |= PyTuple_GET_ITEM(names.ptr(), f) != Py_None;
     for (Py_ssize_t i = 0; i < Py_ssize_t(params.size()); ++i) {
@@ -215,8 +221,7 @@ py::object step_all(int kind, py::list groups, py::dict state, int threads) {
       PyObject* own = states.of(param);
       if (PyErr_Occurred()) throw py::error_already_set();
       if (!types.plain(param)) return py::none();
-      py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, types.grad));
-      if (!grad) throw py::error_already_set();
+      py::object grad = types.grad_of(param);
       if (grad.is_none()) continue;
       if (!types.plain(grad.ptr()) || types.negative(grad.ptr())) return py::none();
       if (stateful && (!own || !PyDict_Check(own))) return py::none();

@@ -8,6 +8,7 @@
 #include "cpu/kernels/optim.h"
 #include "cpu/types.h"
 #include "dlpack_exchange.h"
+#include "ordinary.h"
 
 namespace fastllm::bindings {
 namespace {
@@ -31,10 +32,15 @@ struct Types {
   }
   // Whether its bytes are not its values.
   bool negative(PyObject* object) const {
-    PyObject* answer = PyObject_CallFunctionObjArgs(is_neg, object, nullptr);
+    PyObject* answer = ask_method(is_neg, object);
     if (!answer) throw py::error_already_set();
     Py_DECREF(answer);
     return answer == Py_True;
+  }
+  py::object grad_of(PyObject* param) const {
+    PyObject* found = ask_attribute(grad, param);
+    if (!found) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(found);
   }
 };
 Types types;
@@ -47,9 +53,9 @@ void bind(py::object tensor, py::object parameter) {
   while (found && found->major != dlpack::kMajor) found = found->previous;
   if (found && found->view_of_object) api = found;
   types.is_neg = py::object(tensor.attr("is_neg")).release().ptr();
+  types.grad = py::object(tensor.attr("grad")).release().ptr();
   types.tensor = tensor.release().ptr();
   types.parameter = parameter.release().ptr();
-  types.grad = PyUnicode_InternFromString("grad");
 }
 
 constexpr dlpack::Device kHere = {dlpack::kCpu, 0};

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "cuda/adafactor.h"
 #include "cuda/norm.h"
 #include "cuda/norm_params.h"
 #include "cuda/optim.h"
@@ -137,6 +138,24 @@ void step(int kind, uintptr_t rows, uintptr_t shares, int64_t row_count, int64_t
                    pointer(stream)));
 }
 
+// Addresses of device memory; see FactorStep.
+void adafactor(uintptr_t rows, uintptr_t shares, uintptr_t moments, int64_t row_count,
+               int64_t share_count, int64_t moment_count, uintptr_t lengths, uintptr_t factor,
+               uintptr_t found, uintptr_t room, uintptr_t out, uintptr_t sums, uintptr_t sizes,
+               double lr, double beta2_decay, double least, double d, float sign, int device,
+               uintptr_t stream) {
+  for (const int64_t count : {row_count, share_count, moment_count})
+    if (count < 0 || count > INT32_MAX) throw py::value_error("counts: out of range");
+  const FactorStep p = {pointer<const FactorRow>(rows), pointer<const FactorShare>(shares),
+                        pointer<const FactorShare>(moments), row_count, share_count, moment_count,
+                        pointer<const float>(lengths), pointer<const float>(factor),
+                        pointer<const float>(found), pointer<float>(room), pointer<float>(out),
+                        pointer<float>(sums), pointer<float>(sizes), lr, beta2_decay, least, d,
+                        sign};
+  py::gil_scoped_release release;
+  check(adafactor_ways(p, device, pointer(stream)));
+}
+
 QuantWeight quant_weight(int kind, uintptr_t codes, int64_t n, int64_t k, int64_t row,
                          uintptr_t scales, uintptr_t zeros, int scale_type, int64_t scale_row,
                          int64_t group, uintptr_t table) {
@@ -215,6 +234,11 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("row_count"), py::arg("share_count"), py::arg("uses"), py::arg("squares"),
         py::arg("scale"), py::arg("found"), py::arg("norm"), py::arg("max_norm"),
         py::arg("settings"), py::arg("counts"), py::arg("device"), py::arg("stream"));
+  m.def("adafactor", &adafactor, py::arg("rows"), py::arg("shares"), py::arg("moments"),
+        py::arg("row_count"), py::arg("share_count"), py::arg("moment_count"), py::arg("lengths"),
+        py::arg("factor"), py::arg("found"), py::arg("room"), py::arg("out"), py::arg("sums"),
+        py::arg("sizes"), py::arg("lr"), py::arg("beta2_decay"), py::arg("least"), py::arg("d"),
+        py::arg("sign"), py::arg("device"), py::arg("stream"));
   m.def("quant_gemv", &gemv, py::arg("dtype"), py::arg("x"), py::arg("m"), py::arg("x_row"),
         py::arg("kind"), py::arg("codes"), py::arg("n"), py::arg("k"), py::arg("row"),
         py::arg("scales"), py::arg("zeros"), py::arg("scale_type"), py::arg("scale_row"),

@@ -131,7 +131,9 @@ HOST_DEVICE OptimUse make_use(int kind, const OptimSettings& s, double lr, float
   OptimUse u = {};
   u.grad = s.sign * factor;
   u.l2 = s.decoupled ? 0.0f : static_cast<float>(s.weight_decay);
-  u.decay = s.decoupled ? static_cast<float>(1 - lr * s.weight_decay) : 1.0f;
+  // along: decay does not follow the tensor's own size of the step
+  const double decayed = kind == kOptimAlong ? s.lr : lr;
+  u.decay = s.decoupled ? static_cast<float>(1 - decayed * s.weight_decay) : 1.0f;
   u.step = static_cast<float>(lr);
   u.mix1 = static_cast<float>(1 - s.one);
   u.keep2 = static_cast<float>(s.two);

@@ -25,6 +25,7 @@ _C.bind_torch(
     torch.empty_like,
     memory.empty_like,
     memory.POOL_FROM,
+    torch.Tensor.new_empty_strided,
     torch.Tensor.is_neg,
     torch.Tensor.requires_grad,
     torch.is_grad_enabled,

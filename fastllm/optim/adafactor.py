@@ -1,18 +1,17 @@
 """Adafactor (Shazeer and Stern, 2018) as torch has it: second moments by row and by column."""
 
-import importlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastllm import _C
-from fastllm.optim.directed import EXTRAS, Directed, Way, computed, norms, wide
-from fastllm.optim.settings import SGD, Settings
+from fastllm.optim.directed import EXTRAS, Directed, Way, along, computed, norms, wide
+from fastllm.optim.factored import MOMENTS, begin, ways_there
+from fastllm.optim.settings import SGD
 from fastllm.optim.work import Work
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MOMENTS = ("row_var", "col_var", "variance")
 
 
 class Rates(NamedTuple):
@@ -32,7 +31,6 @@ class Rates(NamedTuple):
 class Adafactor(Directed, torch.optim.Adafactor):
     kind = SGD
     places = ()
-    on_devices = ("triton",)
 
     def __init__(
         self,
@@ -69,8 +67,8 @@ class Adafactor(Directed, torch.optim.Adafactor):
     def _way(self, work: Work, i: int, p: Tensor, length: float, fused: bool) -> Way:
         s: Any = work.settings
         state, grad = work.own[i], work.grads[i]
-        if not state.keys() & set(_MOMENTS):
-            _begin(state, work.params[i])
+        if not state.keys() & set(MOMENTS):
+            begin(state, work.params[i])
         time = state["step"].add_(1).item()
         mix, many = time**s.beta2_decay, max(p.numel(), 1)
         size = max(s.least, length / many**0.5) * min(s.lr, time**-0.5)
@@ -103,14 +101,9 @@ class Adafactor(Directed, torch.optim.Adafactor):
             assert work.steps is not None
             torch._foreach_add_(work.steps, 1.0 if found is None else 1.0 - found)
             lengths = torch._foreach_norm(wide(work), dtype=torch.float32)
-            ways = [_way_there(work, i, n, factor, found) for i, n in enumerate(lengths)]
-            # SGD's factor of the parameter is 1 - lr * weight_decay; the size is the tensor's own
-            settings = Settings(
-                1.0, weight_decay=s.lr * s.weight_decay, decoupled=True, stochastic=s.stochastic,
-                seed=s.seed,
-            )  # fmt: skip
-            alongs.append(work._replace(settings=settings, grads=[u for u, _ in ways]))
-            sizes.append(torch.stack([size for _, size in ways]))
+            directions, far = ways_there(work, list(lengths), factor, found, kernels)
+            alongs.append(along(work, directions, s.lr * s.weight_decay))
+            sizes.append(far)
         kernels.run_along(alongs, sizes, found)
         return norm
 
@@ -120,53 +113,8 @@ class Adafactor(Directed, torch.optim.Adafactor):
         params = [p for g in self.param_groups for p in g["params"]]
         for number, p in zip(numbers, params, strict=True):
             found = saved["state"].get(number, {})
-            for name in found.keys() & set(_MOMENTS):
+            for name in found.keys() & set(MOMENTS):
                 self.state[p][name] = found[name].to(p.device, computed(p))
-
-
-def _way_there(
-    work: Work, i: int, length: Tensor, factor: Tensor, found: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(direction, how far) of a tensor, in Triton; its moments are brought up to date."""
-    kernels = importlib.import_module("fastllm.kernels.adafactor")
-    s: Any = work.settings
-    state, grad, p = work.own[i], work.grads[i], work.params[i]
-    assert work.steps is not None
-    if not state.keys() & set(_MOMENTS):
-        _begin(state, p)
-    time, many = work.steps[i].float().clamp(min=1.0), max(p.numel(), 1)
-    mix, floor = time**s.beta2_decay, torch.finfo(p.dtype).eps if s.floor is None else s.floor
-    factor = factor * s.factor
-
-    def blend(old: Tensor, new: Tensor) -> Tensor:
-        new = torch.lerp(old, new, mix)
-        return old.copy_(new if found is None else torch.where(found != 0, old, new))
-
-    if p.dim() < 2:
-        g = grad.float() * factor
-        u = g * blend(state["variance"], g * g).clamp(min=floor * floor).rsqrt_()
-        squares = u.square().sum()
-    else:
-        g, (rows, cols) = grad.contiguous(), grad.shape[-2:]
-        by_row, by_col = kernels.squares(g)
-        row = blend(state["row_var"], by_row * (factor**2 / max(cols, 1)))
-        col = blend(state["col_var"], by_col * (factor**2 / max(rows, 1)))
-        row = row / row.mean(-2, keepdim=True).clamp_(min=floor)
-        u, squares = kernels.direction(g, row, col, factor, floor * floor)
-    if u.stride() != p.stride():
-        u = torch.empty_like(p, dtype=torch.float32).copy_(u)
-    far = (length / many**0.5).clamp(min=s.least) * (time**-0.5).clamp(max=s.lr)
-    return u, far / ((squares / many).sqrt() / s.d).clamp(min=1.0)
-
-
-def _begin(state: dict[str, Any], p: Tensor) -> None:
-    """The moments of a parameter before its first step."""
-    if p.dim() < 2:
-        state["variance"] = torch.zeros_like(p, dtype=computed(p))
-        return
-    one = torch.zeros((), dtype=computed(p), device=p.device)
-    state["row_var"] = one.new_zeros((*p.shape[:-1], 1))
-    state["col_var"] = one.new_zeros((*p.shape[:-2], 1, p.shape[-1]))
 
 
 def _whole(

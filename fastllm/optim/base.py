@@ -30,15 +30,13 @@ class Fused(Optimizer):
     kind      the kernel (settings.ADAM, ...)
     places    state names in the kernel's order, of all states the optimizer can have
     counted   whether torch's state has a `step`; without one, a fresh momentum is the gradient
-    direct    whether `kind` is the whole step; else on_devices names the device backends for which
-              on_device(works, scale, found, max_norm, backend) is it
+    direct    whether `kind` is the whole step; else apply() and, on a device, on_device() are
     """
 
     kind: int
     places: tuple[str, ...]
     counted = True
     direct = True
-    on_devices: tuple[str, ...] = ()
     own = ("state_dtype", "master_weights", "stochastic_rounding", "max_grad_norm", "seed")
 
     def options(

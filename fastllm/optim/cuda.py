@@ -97,7 +97,7 @@ def run(
         kind, table.rows.data_ptr(), table.shares.data_ptr(), table.count, table.share_count,
         table.uses.data_ptr(), 0 if norm is None else table.squares.data_ptr(), _address(scale),
         _address(found), _address(norm), max_norm or 0.0, settings, table.counts,
-        device.index or 0, _stream(device),
+        device.index or 0, stream_of(device),
     )  # fmt: skip
     torch.autograd.graph.increment_version([p for work in works for p in work.params])
     return norm
@@ -143,6 +143,6 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _stream(device: torch.device) -> int:
+def stream_of(device: torch.device) -> int:
     """The current stream; memory of a table that is dropped is used again on it only."""
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0

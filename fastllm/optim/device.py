@@ -8,7 +8,7 @@ from fastllm.core.backend import choice
 from fastllm.core.errors import UnsupportedError
 from fastllm.optim import cpu, cuda, triton
 from fastllm.optim.local import is_dtensor
-from fastllm.optim.settings import SGD
+from fastllm.optim.settings import SGD, Settings
 from fastllm.optim.work import Work
 
 if TYPE_CHECKING:
@@ -64,23 +64,22 @@ def _run(
 ) -> str | None:
     """Updates everything, or changes nothing and returns why."""
     indirect = None if optimizer.direct else optimizer.on_device
-    if not optimizer.direct and backend not in optimizer.on_devices:
-        return "looks at whole tensors"
     kind = optimizer.kind
     found, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
     every = (p for g in optimizer.param_groups for p in g["params"])
     if optimizer.max_grad_norm is not None and any(map(is_dtensor, every)):
         return "a shard does not know the norm to clip to"
-    if found is not None and kind == SGD and any(w.states and w.settings.two for w in works):
+    damped = indirect is None and kind == SGD
+    if found is not None and damped and any(w.states and w.settings.two for w in works):
         return "dampening under a loss scale"
     if backend == "cuda":
         reason = cuda.available()
         if reason is not None:
             return reason
-        rows = cuda.rows_of(works)
+        rows = _rows(works)
         if isinstance(rows, str):  # the counts, before the first step
             works = list(map(_steps_moved, works))
-            rows = cuda.rows_of(works)
+            rows = _rows(works)
         if isinstance(rows, str):
             return rows
         if indirect is None:
@@ -100,6 +99,11 @@ def _run(
             norm = triton.run_works(kind, moved, scale, found, most)
     optimizer.grad_norm = norm
     return None
+
+
+def _rows(works: list[Work]) -> bytes | str:
+    """cuda.rows_of for settings of whatever kind: the rows do not say them."""
+    return cuda.rows_of([work._replace(settings=Settings(1.0)) for work in works])
 
 
 def _with_rate(work: Work, rate: Tensor | None) -> Work:

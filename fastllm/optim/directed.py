@@ -80,6 +80,19 @@ def _along(work: Work, i: int, way: Way) -> Work:
     )  # fmt: skip
 
 
+def along(work: Work, directions: list[Tensor], decay: float) -> Work:
+    """The work of run_along: p <- (1 - decay) p - size direction, with each tensor's own size."""
+    s = work.settings
+    laid = [
+        u if u.stride() == p.stride() else torch.empty_like(p, dtype=u.dtype).copy_(u)
+        for u, p in zip(directions, work.params, strict=True)
+    ]
+    settings = Settings(
+        1.0, weight_decay=decay, decoupled=True, stochastic=s.stochastic, seed=s.seed
+    )
+    return work._replace(settings=settings, grads=laid, states=[], scales=[])
+
+
 def wide(work: Work) -> list[Tensor]:
     """The parameters as they are updated: the master copies where there are any."""
     masters = work.masters or [None] * len(work.params)

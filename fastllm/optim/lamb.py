@@ -15,7 +15,6 @@ from fastllm.optim.work import Work, run
 class LAMB(Directed, Optimizer):
     kind = ADAM
     places = ("exp_avg", "exp_avg_sq")
-    on_devices = ("cuda", "triton")
 
     def __init__(
         self,

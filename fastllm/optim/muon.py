@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastllm.optim.directed import EXTRAS, Directed, Way
-from fastllm.optim.settings import SGD
-from fastllm.optim.work import Work
+from fastllm.optim.directed import EXTRAS, Directed, Way, along, computed
+from fastllm.optim.settings import SGD, Settings
+from fastllm.optim.work import Work, run
 
 BATCHED = 512 * 512  # matrices of at most as many elements go through one batched product
 
@@ -71,24 +71,47 @@ class Muon(Directed, torch.optim.Muon):
 
     def ways(self, work: Work, backend: str | None) -> list[Way]:
         s: Any = work.settings
-        (buffers,) = work.states
-        along = [self._along(g, b, s) for g, b in zip(work.grads, buffers, strict=True)]
-        for step in work.steps or ():
-            step += 1
+        first = _momentum(work)
+        run(SGD, [first], backend)
         keep = 1.0 - s.lr * s.weight_decay
         return [
             Way(o.contiguous(), s.lr * _adjusted(s.adjust, p), keep)
-            for o, p in zip(orthogonal(along, s), work.params, strict=True)
+            for o, p in zip(_orthogonal_of(first, s), work.params, strict=True)
         ]
 
-    @staticmethod
-    def _along(grad: Tensor, buffer: Tensor, s: Any) -> Tensor:
-        """The momentum, brought up to date, in bfloat16."""
-        grad = grad.to(buffer.dtype)
-        if s.factor != 1.0:
-            grad = grad * s.factor
-        buffer.lerp_(grad, 1 - s.momentum)
-        return (grad.lerp(buffer, s.momentum) if s.nesterov else buffer).bfloat16()
+    def on_device(
+        self, works: list[Work], scale: Any, found: Any, max_norm: float | None, kernels: Any
+    ) -> Tensor | None:
+        firsts = list(map(_momentum, works))
+        norm = kernels.run_works(SGD, firsts, scale, found, max_norm)
+        alongs, sizes = [], []
+        for work, first in zip(works, firsts, strict=True):
+            s: Any = work.settings
+            alongs.append(along(work, _orthogonal_of(first, s), s.lr * s.weight_decay))
+            own = [s.lr * _adjusted(s.adjust, p) for p in work.params]
+            sizes.append(torch.tensor(own).to(work.params[0].device, non_blocking=True))
+        kernels.run_along(alongs, sizes, found)
+        return norm  # type: ignore[no-any-return]
+
+
+def _momentum(work: Work) -> Work:
+    """SGD's step of size 1 that brings the momentum up to date and ends at it, from zeros.
+
+    Muon's momentum is SGD's of gradients times 1 - momentum, nesterov or not.
+    """
+    s: Any = work.settings
+    ends = [
+        torch.zeros_like(p, dtype=torch.bfloat16 if computed(p) == torch.float32 else computed(p))
+        for p in work.params
+    ]
+    settings = Settings(
+        -1.0, s.momentum, nesterov=s.nesterov, factor=s.factor * (1 - s.momentum), seed=s.seed
+    )
+    return work._replace(settings=settings, params=ends, masters=None)
+
+
+def _orthogonal_of(first: Work, s: Any) -> list[Tensor]:
+    return orthogonal([end.bfloat16() for end in first.params], s)
 
 
 def _adjusted(rule: str | None, p: Tensor) -> float:

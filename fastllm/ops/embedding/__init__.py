@@ -25,8 +25,8 @@ def _forward_args(saved: tuple) -> tuple:
 
 
 def _stock_first(training: bool, weight: Tensor, input: Tensor, *_: Any) -> bool:
-    """Few rows are read as fast by torch; it is backward that is slow there."""
-    return not training and input.is_cpu and input.numel() * weight.shape[1] < 1 << 19
+    """In forward torch reads as fast what is too much for one thread and too little for a pool."""
+    return not training and input.is_cpu and 1 << 17 <= input.numel() * weight.shape[1] < 1 << 19
 
 
 embedding_op = define(

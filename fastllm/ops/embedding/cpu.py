@@ -61,4 +61,4 @@ def supports(weight: Tensor, input: Tensor, *_: Any) -> str | None:
     return None if weight.dtype in CODES else f"{weight.dtype} weight: computed by torch"
 
 
-BACKEND: Backend = Backend("cpu", embedding, embedding_backward, supports)
+BACKEND: Backend = Backend("cpu", embedding, embedding_backward, supports, fast=_C.fast_embedding)
