@@ -54,7 +54,7 @@ def _places(x: Tensor, threshold: float) -> Tensor:
         x.data_ptr(), x.element_size(), rows, k, x.stride(0), _limit(threshold, x.dtype),
         found.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return found.narrow(0, 1, found[0].item())
+    return found.narrow(0, 1, int(found[0]))
 
 
 @functools.lru_cache(maxsize=64)
