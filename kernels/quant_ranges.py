@@ -45,13 +45,13 @@ def _given_kernel(
     start = (unit % across) * size
     count = tl.where(unit < units, tl.minimum(size, cols - start), 0)
     lane = tl.arange(0, BLOCK)[None, :]
-    at = unit * 0
+    which = unit * 0
     if GROUP == 1:
-        at = unit
+        which = unit
     elif GROUP == 2:
         above = row // height * tl.cdiv(height, size) + row % height // size
-        at = above * across + unit % across
-    scale = tl.load(scales_ptr + at, mask=unit < units, other=0.0).to(tl.float32)
+        which = above * across + unit % across
+    scale = tl.load(scales_ptr + which, mask=unit < units, other=0.0).to(tl.float32)
     eight = tl.zeros([ROWS, 1], tl.float32) + 8.0
     total = tl.zeros([ROWS, 1], tl.float64)
     for first in range(0, size, BLOCK):
