@@ -98,7 +98,7 @@ def _scale(low, high, largest, KIND: tl.constexpr, ASYM: tl.constexpr):
         byte = tl.maximum((bits >> 23) + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32) - 8, 0)
         stored = tl.where(finite, byte, 255)
         scale = _number(tl.where(stored == 0, 0x00400000, stored << 23))
-        scale = tl.where(finite & (top > 0), scale, 0.0)
+        scale = tl.where(finite, tl.where(top > 0, scale, 0.0), float("nan"))
     elif KIND == 1:
         if ASYM:
             part = tl.zeros_like(top) + 15.0
@@ -144,6 +144,20 @@ def _store_codes(ptr, row, col, mask, code, cols, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _store(
+    ptr, row, col, mask, code, scale, zero, table_ptr, cols, most, KIND: tl.constexpr,
+    ASYM: tl.constexpr, PACKED: tl.constexpr, FAKE: tl.constexpr,
+):  # fmt: skip
+    """Writes codes, or, if FAKE, what they stand for: no further from 0 than `most`."""
+    if FAKE:
+        value = _values(code, zero if ASYM else zero + 8.0, table_ptr, KIND) * scale
+        value = _between(value, -most, most)
+        tl.store(ptr + row * cols + col, value.to(ptr.dtype.element_ty), mask=mask)
+    else:
+        _store_codes(ptr, row, col, mask, code, cols, PACKED)
+
+
+@triton.jit
 def _extremes(x, low, high):
     """low and high moved to take in x [R, C], by rows; NaN in x ends up in high."""
     odd = tl.max((x != x).to(tl.int32), axis=1, keep_dims=True) > 0
@@ -166,9 +180,11 @@ def _quantize_kernel(
     cols,
     across,
     largest,
+    most,
     KIND: tl.constexpr,
     ASYM: tl.constexpr,
     PACKED: tl.constexpr,
+    FAKE: tl.constexpr,
     ONCE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -198,7 +214,11 @@ def _quantize_kernel(
             x = tl.load(x_ptr + at, mask=first + lane < count, other=0.0).to(tl.float32)
         code = _codes(x, scale, zero, table_ptr, KIND, ASYM)
         mask = first + lane < count
-        _store_codes(codes_ptr, row, start + first + lane, mask, code, cols, PACKED)
+        col = start + first + lane
+        _store(
+            codes_ptr, row, col, mask, code, scale, zero, table_ptr, cols, most, KIND, ASYM,
+            PACKED, FAKE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -212,9 +232,11 @@ def _quantize_block_kernel(
     height,
     cols,
     largest,
+    most,
     KIND: tl.constexpr,
     ASYM: tl.constexpr,
     PACKED: tl.constexpr,
+    FAKE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # Program (m, i, j) owns block (i, j) of size x size values of matrix m.
@@ -237,7 +259,10 @@ def _quantize_block_kernel(
         scales_ptr, zeros_ptr, number + tl.zeros([1, 1], tl.int64), stored, zero, None, ASYM
     )
     code = _codes(x, scale, zero, table_ptr, KIND, ASYM)
-    _store_codes(codes_ptr, row, col, mask, code, cols, PACKED)
+    _store(
+        codes_ptr, row, col, mask, code, scale, zero, table_ptr, cols, most, KIND, ASYM, PACKED,
+        FAKE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -311,7 +336,7 @@ def _dequantize_kernel(
 
 
 @functools.cache
-def _table(values, device):
+def table_of(values, device):
     """float32 [48] of a table's 16 values: thresholds between them, values, codes by size."""
     if values is None:
         return None
@@ -340,20 +365,30 @@ def quantize(x, codes, scales, zeros, kind, group, values):
 
     kind is a position in layout's KINDS; values are the 16 numbers of nf4 and fp4, else None.
     """
-    cols, asym, packed = x.shape[-1], zeros is not None, kind in _PACKED
+    places = (_plain(codes), _plain(scales), None if zeros is None else _plain(zeros))
+    _quantize(x, places, kind, group, values, False)
+
+
+def fake_own(x, out, scales, zeros, kind, group, values):
+    """What the codes of x stand for into out; the rest as of quantize."""
+    places = (out, _plain(scales), None if zeros is None else _plain(zeros))
+    _quantize(x, places, kind, group, values, True)
+
+
+def _quantize(x, places, kind, group, values, fake):
+    cols, asym, packed = x.shape[-1], places[2] is not None, kind in _PACKED
     rows = x.numel() // max(1, cols)
     if not x.numel():
         return
-    table, largest = _table(values, x.device), _LARGEST.get(kind, 1.0)
-    places = (_plain(codes), _plain(scales), None if zeros is None else _plain(zeros))
+    table, largest, most = table_of(values, x.device), _LARGEST.get(kind, 1.0), most_of(x)
     with on(x.device):
         if group < -1:
             block = triton.next_power_of_2(max(16, -group))
             height = x.shape[-2]
             count = rows // height * triton.cdiv(height, -group) * triton.cdiv(cols, -group)
             _quantize_block_kernel[(count,)](
-                x, *places, table, -group, height, cols, largest, kind, asym, packed, block,
-                num_warps=8 if block > 64 else 4,
+                x, *places, table, -group, height, cols, largest, most, kind, asym, packed, fake,
+                block, num_warps=8 if block > 64 else 4,
             )  # fmt: skip
             return
         given = _whole(x, places, table, kind, asym, largest) if group == -1 else None
@@ -362,8 +397,8 @@ def quantize(x, codes, scales, zeros, kind, group, values):
         block = min(max(16, triton.next_power_of_2(size)), _MOST)
         owned = max(1, _LEAST // block)
         _quantize_kernel[(triton.cdiv(rows * across, owned),)](
-            x, *places, given, table, rows * across, size, cols, across, largest, kind, asym,
-            packed, block >= size and given is None, owned, block,
+            x, *places, given, table, rows * across, size, cols, across, largest, most, kind, asym,
+            packed, fake, block >= size and given is None, owned, block,
             num_warps=8 if block >= 2048 else 4,
         )  # fmt: skip
 
@@ -371,16 +406,21 @@ def quantize(x, codes, scales, zeros, kind, group, values):
 def _whole(x, places, table, kind, asym, largest):
     """Scale and zero point of everything: float32 [2]; those that are stored are written."""
     ends = torch.stack([*torch.aminmax(x)]).view(1, 2).float()
-    spare = torch.empty(2, dtype=places[0].dtype, device=x.device)
+    spare = torch.empty(2, dtype=torch.uint8, device=x.device)
     packed = kind in _PACKED
     _quantize_kernel[(1,)](
-        ends, spare, *places[1:], None, table, 1, 2, 2, 1, largest, kind, asym, packed, True, 1, 16,
-        num_warps=1,
+        ends, spare, *places[1:], None, table, 1, 2, 2, 1, largest, 1.0, kind, asym, packed, False,
+        True, 1, 16, num_warps=1,
     )  # fmt: skip
     stored = [
         p if p.dtype != torch.int16 else p.view(torch.bfloat16) for p in places[1:] if p is not None
     ]
     return torch.cat([p.float() for p in (*stored, stored[0])])[:2]
+
+
+def most_of(x):
+    """The largest number of its dtype."""
+    return torch.finfo(x.dtype).max
 
 
 def dequantize(codes, scales, zeros, out, kind, group, values):
@@ -394,7 +434,7 @@ def dequantize(codes, scales, zeros, out, kind, group, values):
     block = min(max(16, triton.next_power_of_2(cols)), 1024)
     with on(out.device):
         _dequantize_kernel[(rows, triton.cdiv(cols, block))](
-            _plain(codes), scales, zeros, _table(values, out.device), out, cols, size,
+            _plain(codes), scales, zeros, table_of(values, out.device), out, cols, size,
             out.shape[-2] if out.dim() > 1 else 1, torch.finfo(out.dtype).max, kind,
             kind in _PACKED, mode, block, num_warps=4,
         )  # fmt: skip

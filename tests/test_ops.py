@@ -38,7 +38,8 @@ DOUBLE = [
     pytest.param(op, case, id=f"{op.name}-{case.name}")
     for op in OPS.values()
     for case in op.cases
-    if case.dtype == torch.float64 and op.gradients
+    # codes pass gradients straight through, which are not those of their steps
+    if case.dtype == torch.float64 and op.gradients and op.values is None
 ]
 # what there is to prove of torch's own ops is theirs
 KERNELS = [
@@ -113,6 +114,7 @@ def test_compiles_whole_and_agrees(op, dynamic):
     given = leaves(op, args)
     outputs = compiled(*given)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = outputs if op.values is None else op.values(args, outputs)
     wanted = [given[i] for i in sorted(op.gradients) if given[i].requires_grad]
     grads = torch.autograd.grad(outputs, wanted, eager.upstream)
     for ours, theirs in zip((*outputs, *grads), eager.tensors, strict=True):

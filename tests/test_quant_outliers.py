@@ -83,12 +83,22 @@ def test_many_loud_columns_are_taken_in_pieces(monkeypatch):
     assert sqnr(x @ q.dequantize().t(), whole) > 100  # all of it is float
 
 
-@torch.no_grad()
-def test_columns_are_found_past_the_first_rows():
-    for place in (0, 63, 64, 199):
-        x = torch.zeros(200, 12)
-        x[place, 5], x[place, 7] = -6.5, float("nan")
-        assert outliers.loud(x, 6.0).nonzero().flatten().tolist() == [5, 7]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threshold", [6.0, 6.1, 0.3, 7e4, 1e-9])
+def test_the_kernel_finds_the_columns_that_torch_finds(dtype, threshold):
+    """Numbers beside the threshold on either side, infinity, NaN, any width."""
+    near = torch.tensor([threshold], dtype=torch.float32).to(dtype)
+    up, down = (torch.nextafter(near, torch.tensor([v], dtype=dtype)) for v in (1e30, -1e30))
+    values = torch.cat([near, -near, up, -up, down, -down, near.new_tensor([0.0, -0.0])])
+    values = torch.cat([values, near.new_tensor([float("inf"), float("-inf"), float("nan")])])
+    for rows, k in ((1, 1), (1, 11), (70, 1031), (3, 2048)):
+        x = torch.zeros(rows, k + 2, dtype=dtype)[:, 1:-1]
+        places = torch.randperm(k)[: len(values)]
+        x[torch.randint(rows, (len(places),)), places] = values[: len(places)]
+        wanted = outliers.loud(x, threshold).nonzero().flatten()
+        assert torch.equal(outliers._places(x, threshold), wanted)
+        if k > 11:
+            assert 5 <= len(wanted) <= 7
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fastllm.ops.quant.layout import limits
 from fastllm.quant import Config, Format, QuantLinear, convert_qat, prepare_qat
-from fastllm.quant.grid import limits, snap
+from fastllm.quant.grid import snap
 from fastllm.quant.qat import QATLinear
 
 CONFIGS = (
@@ -112,7 +113,7 @@ def test_gradients_of_ranges_are_those_of_lsq(form):
     dw, dr = torch.autograd.grad(layer(x), [weight, ranges], upstream)
     w, r = weight.detach().requires_grad_(), ranges.detach().requires_grad_()
     each = r if form.group <= 0 else r.repeat_interleave(form.group, 1)[:, :70]
-    units, (low, high) = w / each, limits(form)
+    units, (low, high) = w / each, limits(form.code)
     clipped = units.clamp(low, high)
     rounded = clipped + (snap(clipped, form) - clipped).detach()
     exact = torch.autograd.grad(x @ (rounded * each).t(), [w, r], upstream)

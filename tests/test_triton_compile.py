@@ -86,7 +86,8 @@ def elementwise(dtype):
 def quants(dtype, exhaustive):
     """Launches of quantize and dequantize, in every format where that is asked for."""
     from fastllm.kernels.aot import meta, record
-    from fastllm.kernels.quant import dequantize, quantize
+    from fastllm.kernels.quant import dequantize, fake_own, quantize
+    from fastllm.kernels.quant_ranges import fake_given
 
     from fastllm.ops.quant import layout, spec
     from fastllm.ops.quant.cases import FORMATS
@@ -94,10 +95,16 @@ def quants(dtype, exhaustive):
     sample = [(0, 0, True), (1, 32, False), (2, 64, True), (4, -128, True), (6, 32, True)]
     for code, group, symmetric in FORMATS if exhaustive else sample:
         x = meta(4096, 4096, dtype=dtype)
-        codes, scales, zeros = spec.fake_quantize(x, code, group, symmetric)
+        codes, scales, zeros = spec.quantized(x, code, group, symmetric)
         zeros, values = zeros if zeros.numel() else None, layout.TABLES.get(code)
         yield from record(quantize, x, codes, scales, zeros, code, group, values)
         yield from record(dequantize, codes, scales, zeros, x, code, group, values)
+        yield from record(fake_own, x, x, scales, zeros, code, group, values)
+        if symmetric and code != layout.MXFP8:
+            ends = layout.limits(code)
+            yield from record(fake_given, x, scales, None, x, None, code, group, values, ends)
+            parts = meta(4096, -(-4096 // group) if group > 0 else 1, dtype=FP32)
+            yield from record(fake_given, x, scales, x, x, parts, code, group, values, ends)
 
 
 @functools.cache

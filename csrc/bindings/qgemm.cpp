@@ -28,6 +28,11 @@ void decode(int dtype, int kind, ptr codes, int64_t n, int64_t k, int64_t row, p
                            dtype, from, rows, at(out), threads});
 }
 
+void loud(ptr x, int size, int64_t m, int64_t k, int64_t x_row, int64_t limit, ptr places,
+          int threads) {
+  qgemm::kernels().loud({at(x), size, m, k, x_row, limit, at<int64_t>(places), threads});
+}
+
 }  // namespace
 
 void bind_qgemm(py::module_& m) {
@@ -38,6 +43,7 @@ void bind_qgemm(py::module_& m) {
   def_kernel<decode>(m, "qgemm_decode",
                      "dtype, kind, codes, n, k, row, scales, zeros, scale_type, scale_row, "
                      "scale_block, group, from, rows, out, threads");
+  def_kernel<loud>(m, "qgemm_loud", "x, size, m, k, x_row, limit, places, threads");
 }
 
 }  // namespace fastllm::bindings

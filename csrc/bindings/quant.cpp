@@ -22,6 +22,20 @@ void dequantize(int dtype, int kind, int scale_type, ptr codes, ptr scales, ptr 
                                at(output), {rows, cols, group, height}, threads});
 }
 
+void fake(int dtype, int kind, int scale_type, ptr input, ptr output, ptr scales, ptr zeros,
+          int64_t rows, int64_t cols, int64_t group, int64_t height, int threads) {
+  quant::kernels().fake({{dtype, kind, at(input), at(output), at(scales), at(zeros),
+                          {rows, cols, group, height}, threads},
+                         scale_type});
+}
+
+void fake_grad(int dtype, int kind, int scale_type, ptr input, ptr scales, ptr grad, ptr grad_input,
+               ptr parts, int64_t rows, int64_t cols, int64_t group, int64_t height, int threads) {
+  quant::kernels().fake_grad({dtype, kind, scale_type, at(input), at(scales), at(grad),
+                              at(grad_input), at<float>(parts), {rows, cols, group, height},
+                              threads});
+}
+
 }  // namespace
 
 void bind_quant(py::module_& m) {
@@ -31,6 +45,12 @@ void bind_quant(py::module_& m) {
   def_kernel<dequantize>(m, "dequantize",
                          "dtype, kind, scale_type, codes, scales, zeros, output, rows, cols, "
                          "group, height, threads");
+  def_kernel<fake>(m, "quant_fake",
+                   "dtype, kind, scale_type, input, output, scales, zeros, rows, cols, group, "
+                   "height, threads");
+  def_kernel<fake_grad>(m, "quant_fake_grad",
+                        "dtype, kind, scale_type, input, scales, grad, grad_input, parts, rows, "
+                        "cols, group, height, threads");
 }
 
 }  // namespace fastllm::bindings

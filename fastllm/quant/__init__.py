@@ -11,6 +11,7 @@ import importlib
 from typing import Any
 
 from fastllm.quant.config import Config as Config
+from fastllm.quant.fake import fake_quantize as fake_quantize
 from fastllm.quant.formats import PRESETS as PRESETS
 from fastllm.quant.formats import Format as Format
 from fastllm.quant.formats import parse as parse

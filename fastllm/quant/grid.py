@@ -14,14 +14,6 @@ from fastllm.quant.qtensor import QTensor, check_finite
 Zero = Tensor | int
 
 
-def limits(format: Format) -> tuple[float, float]:
-    """The least and the largest of the numbers, of a symmetric format."""
-    if format.kind == "int4":
-        return -8.0, 7.0
-    top = layout.LARGEST[format.code]
-    return -top, top
-
-
 def snap(units: Tensor, format: Format, zero: Zero = 8) -> Tensor:
     """The nearest of the format's numbers. `zero` is int4's zero point, whole or not."""
     if format.kind == "int4":
@@ -32,8 +24,7 @@ def snap(units: Tensor, format: Format, zero: Zero = 8) -> Tensor:
         bounds, order = layout.thresholds(format.code)
         values = layout.table(format.code, units)
         return values[order.to(units.device)[torch.bucketize(units, bounds.to(units))].long()]
-    low, high = limits(format)
-    return units.clamp(low, high).to(layout.FP8[format.code]).to(units.dtype)
+    return units.clamp(*layout.limits(format.code)).to(layout.FP8[format.code]).to(units.dtype)
 
 
 def codes_of(numbers: Tensor, format: Format, zero: Zero = 8) -> Tensor:

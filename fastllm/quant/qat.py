@@ -18,7 +18,7 @@ from fastllm.quant import select
 from fastllm.quant.calibrate import sqnr
 from fastllm.quant.config import Config, as_config
 from fastllm.quant.formats import Format
-from fastllm.quant.grid import codes_of, limits, scales_of, snap
+from fastllm.quant.grid import codes_of, scales_of, snap
 from fastllm.quant.linear import ACTIVATIONS, adopt
 from fastllm.quant.qtensor import QTensor, check_finite, nest, unnest
 from fastllm.quant.report import Report, Row, nbytes
@@ -97,7 +97,7 @@ class _Quantized(torch.autograd.Function):
         if want_weight or ctx.learned:
             dw = (flat.t() @ input.reshape(-1, width).to(grad.dtype)).to(ctx.dtype)
         if dw is not None and ctx.learned:
-            dw, dr = _range_gradients(dw, kept[0], kept[1], zeros, form)
+            dw, dr = _range_gradients(dw, kept[0], kept[1], form)
         return dx, dw, db, dr, None, None, None
 
 
@@ -111,9 +111,8 @@ def _codes(
             return codes, *_nested(scales, zeros)
         return codes, scales, zeros, scales.new_empty(0)
     scales = _stored(ranges, form)
-    units, _ = _units(weight, scales, form)
     zeros = scales.new_empty(0)
-    return codes_of(snap(units, form), form), scales, zeros, zeros
+    return codes_of(snap(_units(weight, scales, form), form), form), scales, zeros, zeros
 
 
 def _nested(scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,33 +125,22 @@ def _stored(ranges: Tensor, form: Format) -> Tensor:
     return ranges.detach().to(layout.scales_dtype(form.code))
 
 
-def _units(weight: Tensor, scales: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """The weight in units of its scales, and each element's scale, both in float32."""
+def _units(weight: Tensor, scales: Tensor, form: Format) -> Tensor:
+    """The weight in units of its scales, in float32."""
     each = layout.spread(scales.float(), tuple(weight.shape), form.group)
     unit = torch.where(each == 0, 1.0, each)
-    return torch.where(each == 0, 0.0, weight.float() / unit), each
+    return torch.where(each == 0, 0.0, weight.float() / unit)
 
 
 def _range_gradients(
-    dw: Tensor, weight: Tensor, ranges: Tensor, zeros: Tensor, form: Format
+    dw: Tensor, weight: Tensor, ranges: Tensor, form: Format
 ) -> tuple[Tensor, Tensor]:
     """LSQ: the weight's gradient stops outside of the range; the scale's is what rounding did."""
-    units, _ = _units(weight, _stored(ranges, form), form)
-    low, high = limits(form)
-    inside = (units >= low) & (units <= high)
-    numbers = snap(units, form)
-    slope = dw.float() * torch.where(inside, numbers - units, numbers)
-    total = _sum_groups(slope, form.group, tuple(ranges.shape))
-    share = (total.numel() / slope.numel() / max(high, 1.0)) ** 0.5
-    return torch.where(inside, dw, 0.0), (total * share).to(ranges.dtype)
-
-
-def _sum_groups(x: Tensor, group: int, shape: tuple[int, ...]) -> Tensor:
-    if group > 0:
-        width = -(-x.shape[-1] // group)
-        places = torch.arange(x.shape[-1], device=x.device) // group
-        return x.new_zeros(x.shape[0], width).index_add_(1, places, x)
-    return x.sum(-1, keepdim=True) if group == 0 else x.sum().view(shape)
+    dw, total = ops.range_gradients(
+        dw, weight, _stored(ranges, form).float(), form.code, form.group
+    )
+    share = (total.numel() / dw.numel() / max(layout.limits(form.code)[1], 1.0)) ** 0.5
+    return dw, total.to(ranges.dtype) * share
 
 
 def prepare_qat(

@@ -1,5 +1,6 @@
 """Quantized linear layers for the bench, against torch's own: in floats, and its quantized ones."""
 
+import copy
 import importlib
 import warnings
 from collections.abc import Callable
@@ -16,13 +17,14 @@ from fastllm.core.op import OPS
 from fastllm.core.proof import prove
 from fastllm.core.subject import Scenario, Subject, Trial, register
 from fastllm.ops.quant import quantize
-from fastllm.ops.quant.layout import INT4, INT8
+from fastllm.ops.quant.layout import INT4, INT8, NF4
 from fastllm.ops.quant_linear import quant_linear
 from fastllm.ops.quant_linear.spec import DYNAMIC, FLOAT
 from fastllm.quant import layer_subjects  # noqa: F401 (registers its own)
 
 N = K = 4096
-GROUP = 32
+GROUP = 32  # of int4
+GROUPS = {INT8: 0, INT4: GROUP, NF4: 64}
 TOKENS = (1, 4, 16, 64, 512, 2048)
 CACHE = 256 << 20  # bytes that outgrow it
 
@@ -34,7 +36,7 @@ def _sets(nbytes: int) -> int:
 def _ours(
     tokens: int, dtype: torch.dtype, code: int, mode: int, sets: int, device: str
 ) -> Callable[[int], Any]:
-    group = GROUP if code == INT4 else 0
+    group = GROUPS[code]
     weight = torch.randn(N, K, device=device) * K**-0.5
     codes, scales, _ = quantize(weight, code, group)
     held = [(codes.clone(), scales.clone()) for _ in range(sets)]
@@ -83,19 +85,37 @@ def _int_mm(tokens: int, sets: int) -> Callable[[int], Any]:
     return lambda i: torch._int_mm(x, held[i % sets].t())
 
 
+def _copies(layer: torch.nn.Module, x: Tensor, sets: int) -> Callable[[int], Any]:
+    """Calls on layers that lie apart in memory; each is called once, since some pack then."""
+    layers = [layer, *(copy.deepcopy(layer) for _ in range(sets - 1))]
+
+    def call(i: int) -> Any:
+        with torch.no_grad():
+            return layers[i % sets](x)
+
+    for i in range(sets):
+        call(i)
+    return call
+
+
 def _torchao(
-    tokens: int, dtype: torch.dtype, mode: int, sets: int, device: str
+    tokens: int, dtype: torch.dtype, code: int, mode: int, sets: int, device: str
 ) -> Callable[[int], Any]:
-    """torchao's int8, eager; its int4 needs a GPU or a compiler."""
+    """torchao, eager; of its int4 kernels none takes a CPU, its portable form does."""
     api = importlib.import_module("torchao.quantization")
-    kind = "Int8WeightOnlyConfig" if mode == FLOAT else "Int8DynamicActivationInt8WeightConfig"
-    made = []
-    for _ in range(sets):
-        linear = torch.nn.Linear(K, N, bias=False, device=device, dtype=dtype)
-        made.append(torch.nn.Sequential(linear))
-        api.quantize_(made[-1], getattr(api, kind)())
-    x = torch.randn(tokens, K, device=device).to(dtype)
-    return lambda i: made[i % sets](x)
+    if code == INT8:
+        dynamic = "Int8DynamicActivationInt8WeightConfig"
+        config = getattr(api, "Int8WeightOnlyConfig" if mode == FLOAT else dynamic)()
+    else:
+        dynamic = "Int8DynamicActivationIntxWeightConfig"
+        groups = importlib.import_module("torchao.quantization.granularity").PerGroup(GROUP)
+        kind = getattr(api, "IntxWeightOnlyConfig" if mode == FLOAT else dynamic)
+        name = "granularity" if mode == FLOAT else "weight_granularity"
+        config = kind(weight_dtype=vars(torch)["int4"], **{name: groups})
+    linear = torch.nn.Linear(K, N, bias=False, device=device, dtype=dtype)
+    layer = torch.nn.Sequential(linear)
+    api.quantize_(layer, config)
+    return _copies(layer.eval(), torch.randn(tokens, K, device=device).to(dtype), sets)
 
 
 def _bitsandbytes(
@@ -103,38 +123,39 @@ def _bitsandbytes(
 ) -> Callable[[int], Any]:
     """LLM.int8 without outliers, and nf4: it has no int4."""
     nn = importlib.import_module("bitsandbytes").nn
-    made = []
-    for _ in range(sets):
-        weight = torch.randn(N, K, dtype=dtype) * K**-0.5
-        if code == INT8:
-            layer = nn.Linear8bitLt(K, N, bias=False, has_fp16_weights=False, threshold=0.0)
-            layer.weight = nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-        else:
-            layer = nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type="nf4")
-            layer.weight = nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
-        made.append(layer.to(device).eval())
+    weight = torch.randn(N, K, dtype=dtype) * K**-0.5
+    if code == INT8:
+        layer = nn.Linear8bitLt(K, N, bias=False, has_fp16_weights=False, threshold=0.0)
+        layer.weight = nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type="nf4")
+        layer.weight = nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
     x = torch.randn(tokens, K, device=device).to(dtype)
-    return lambda i: made[i % sets](x)
+    return _copies(layer.to(device).eval(), x, sets)
+
+
+def _nbytes(code: int) -> int:
+    return N * K // (1 if code == INT8 else 2)
 
 
 def _trial(
     tokens: int, dtype: torch.dtype, code: int, mode: int, device: str, direction: str
 ) -> Trial:
-    nbytes = N * K // (2 if code == INT4 else 1)
+    nbytes = _nbytes(code)
     sets = _sets(nbytes)
     stock: dict[str, Factory] = {
         "eager": partial(_linear, tokens, dtype, _sets(N * K * dtype.itemsize), device)
     }
-    if device == "cpu" and mode == FLOAT:
+    if device == "cpu" and mode == FLOAT and code != NF4:
         stock["pack_mm"] = partial(_pack_mm, tokens, dtype, code, sets)
     elif device == "cpu" and code == INT8:
         stock["quantize_dynamic"] = partial(_dynamic, tokens, dtype, sets)
         stock["_int_mm"] = partial(_int_mm, tokens, sets)
     few = sets if tokens <= 64 else 1
     peers: dict[str, Factory] = {}
-    if code == INT8 and find_spec("torchao"):
-        peers["torchao"] = partial(_torchao, tokens, dtype, mode, few, device)
-    if (code == INT8) == (mode != FLOAT) and find_spec("bitsandbytes"):
+    if code != NF4 and find_spec("torchao"):
+        peers["torchao"] = partial(_torchao, tokens, dtype, code, mode, few, device)
+    if (code, mode) in ((INT8, DYNAMIC), (NF4, FLOAT)) and find_spec("bitsandbytes"):
         peers["bitsandbytes"] = partial(_bitsandbytes, tokens, dtype, code, few, device)
     return Trial(
         ours=partial(_ours, tokens, dtype, code, mode, sets, device),
@@ -164,8 +185,9 @@ def _wrong(dtype: torch.dtype, code: int, mode: int, device: str) -> str | None:
 
 _MODES = (
     ("int8_dynamic", INT8, DYNAMIC, (torch.float32, torch.bfloat16)),
-    ("int8_weight", INT8, FLOAT, (torch.bfloat16,)),
-    ("int4_weight", INT4, FLOAT, (torch.bfloat16,)),
+    ("int8_weight", INT8, FLOAT, (torch.float32, torch.bfloat16)),
+    ("int4_weight", INT4, FLOAT, (torch.float32, torch.bfloat16)),
+    ("nf4_weight", NF4, FLOAT, (torch.float32, torch.bfloat16)),
     ("int4_dynamic", INT4, DYNAMIC, (torch.bfloat16,)),
 )
 for _name, _code, _mode, _dtypes in _MODES:
@@ -177,7 +199,7 @@ for _name, _code, _mode, _dtypes in _MODES:
                 Scenario(
                     f"{tokens}x{K}x{N}-{'fp32' if dtype == torch.float32 else 'bf16'}",
                     dtype,
-                    N * K // (2 if _code == INT4 else 1) + tokens * N * K // 50,
+                    _nbytes(_code) + tokens * N * K // 50,
                     partial(_trial, tokens, dtype, _code, _mode),
                     partial(_wrong, dtype, _code, _mode),
                 )

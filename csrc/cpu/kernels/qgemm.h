@@ -47,9 +47,20 @@ struct Decode {
   int threads;
 };
 
+// places = {count, the columns of x with a magnitude above `limit` or NaN, in order}.
+struct Loud {
+  const void* x;  // m rows of k adjacent numbers of `size` bytes, 2 or 4
+  int size;
+  int64_t m, k, x_row;
+  int64_t limit;    // the bits of a positive number of that type
+  int64_t* places;  // [1 + k]
+  int threads;
+};
+
 struct Kernels {
   void (*multiply)(const Product&);
   void (*decode)(const Decode&);
+  void (*loud)(const Loud&);
 };
 
 // The kernels of the level in use.

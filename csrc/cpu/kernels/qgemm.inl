@@ -28,6 +28,8 @@
 
 #include "cpu/kernels/qgemm_thin.inl"
 
+#include "cpu/kernels/qgemm_loud.inl"
+
 void multiply(const Product& p) {
   if (p.m == 0 || p.w.n == 0) return;
   const double work = double(p.m + 4) * double(p.w.n) * double(p.w.k + 16);
@@ -65,4 +67,4 @@ void decode(const Decode& d) {
   });
 }
 
-constexpr Kernels table = {multiply, decode};
+constexpr Kernels table = {multiply, decode, loud};

@@ -27,6 +27,24 @@ struct Quantize {
   int threads;
 };
 
+// What codes stand for in place of the codes, in the type of the input. scale_type: of the scales,
+// which are given; -1: they are made, and written. zeros as in Quantize.
+struct Fake {
+  Quantize as;  // codes: the values
+  int scale_type;
+};
+
+// From the gradient of values to that of the input, which stops outside of the range, and to
+// parts [rows, groups in a row] of that of given scales.
+struct FakeGrad {
+  int dtype, kind, scale_type;
+  const void *input, *scales, *grad;
+  void* grad_input;
+  float* parts;
+  Shape shape;
+  int threads;
+};
+
 // zeros: null where there are none; of the scales' type.
 struct Dequantize {
   int dtype, kind, scale_type;
@@ -39,6 +57,8 @@ struct Dequantize {
 struct Kernels {
   void (*quantize)(const Quantize&);
   void (*dequantize)(const Dequantize&);
+  void (*fake)(const Fake&);
+  void (*fake_grad)(const FakeGrad&);
 };
 
 const Kernels& kernels();

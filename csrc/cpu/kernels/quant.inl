@@ -49,8 +49,10 @@ INLINE void deal(i64 rows, i64 cols, i64 piece, i64 bytes, int threads, const F&
 
 #include "cpu/kernels/quant_scales.inl"
 
-#include "cpu/kernels/quant_encode.inl"
-
 #include "cpu/kernels/quant_decode.inl"
 
-constexpr Kernels table = {quantize, dequantize};
+#include "cpu/kernels/quant_encode.inl"
+
+#include "cpu/kernels/quant_fake.inl"
+
+constexpr Kernels table = {quantize, dequantize, fake, fake_grad};

@@ -162,6 +162,7 @@ struct Fp4 {
   static constexpr bool kBounded = true;
   template <bool Tame>
   INLINE_MEMBER static Words code(Vec q, Vec, Vec) {
+    if (!Tame) q = at_most(q, set1(kMost));
     const Vec code = lookup(kCodes.at, (Lane32)count_below(q, kSteps));
     return bits_of(code + set1(kRound)) & 15u;
   }

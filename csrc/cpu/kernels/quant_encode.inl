@@ -143,7 +143,9 @@ struct Writer {
   i64 fill = 0;
   uint8_t room[kRoom + 64];
 
-  INLINE_MEMBER explicit Writer(uint8_t* p) : out(p) {}
+  INLINE_MEMBER Writer(const Quantize& a, i64 row, i64 from)
+      : out(static_cast<uint8_t*>(a.codes) + row * row_bytes<C>(a.shape.cols) +
+            row_bytes<C>(from)) {}
   INLINE_MEMBER void flush() {
     if (C::kPacked) {
       pack_nibbles(room, out, fill / 2);
@@ -187,12 +189,12 @@ struct Writer {
   }
 };
 
-// Columns [from, from + n) of a row, whose groups of `size` start at scale number `at`.
-template <class C, class T>
+// Columns [from, from + n) of a row, whose groups of `size` start at scale number `at`. Out takes
+// the values and their scales: a Writer.
+template <class Out, class C, class T>
 APART void quantize_groups(const Quantize& a, i64 row, i64 from, i64 n, i64 size, i64 at) {
   const T* x = static_cast<const T*>(a.input) + row * a.shape.cols + from;
-  Writer<C> writer(static_cast<uint8_t*>(a.codes) + row * row_bytes<C>(a.shape.cols) +
-                   row_bytes<C>(from));
+  Out writer(a, row, from);
   const bool power = a.kind == kMxfp8;
   const i64 together = most(1, least(kTogether, 4096 / size));
   Chunk c;
@@ -224,7 +226,7 @@ APART void quantize_groups(const Quantize& a, i64 row, i64 from, i64 n, i64 size
 
 // Blocks of b x b next to each other: rows [row, row + height), columns [from, from + n), scales
 // from number `at` on.
-template <class C, class T>
+template <class Out, class C, class T>
 APART void quantize_blocks(const Quantize& a, i64 row, i64 height, i64 from, i64 n, i64 at) {
   const i64 cols = a.shape.cols, b = -a.shape.group;
   const T* x = static_cast<const T*>(a.input) + row * cols + from;
@@ -251,8 +253,7 @@ APART void quantize_blocks(const Quantize& a, i64 row, i64 height, i64 from, i64
     whole = whole && s.plain;
   }
   for (i64 i = 0; i < height; ++i) {
-    Writer<C> writer(static_cast<uint8_t*>(a.codes) + (row + i) * row_bytes<C>(cols) +
-                     row_bytes<C>(from));
+    Out writer(a, row + i, from);
     if (whole) writer.add_chunk(x + i * cols, n / b, b, c, false);
     i64 j = whole ? n / b : 0;
     for (; j * b < n; ++j)
@@ -262,7 +263,7 @@ APART void quantize_blocks(const Quantize& a, i64 row, i64 height, i64 from, i64
 }
 
 // Scales of rows, or of everything, that several pieces share: first all extents, then all codes.
-template <class C, class T>
+template <class Out, class C, class T>
 INLINE void quantize_shared(const Quantize& a, i64 bytes) {
   const Shape& s = a.shape;
   const i64 across = ceil_div(s.cols, kPiece), units = s.group == 0 ? s.rows : 1;
@@ -280,15 +281,14 @@ INLINE void quantize_shared(const Quantize& a, i64 bytes) {
     scales[u] = make_scale<C>(a, e, u);
   }
   deal(s.rows, s.cols, kPiece, bytes, a.threads, [&](i64 row, i64 from, i64 n) {
-    Writer<C> writer(static_cast<uint8_t*>(a.codes) + row * row_bytes<C>(s.cols) +
-                     row_bytes<C>(from));
+    Out writer(a, row, from);
     const Scale& scale = scales[s.group == 0 ? row : 0];
     writer.add(x + row * s.cols + from, n, scale, false);
     writer.close(scale);
   });
 }
 
-template <class C, class T>
+template <class Out, class C, class T>
 INLINE void quantize_as(const Quantize& a) {
   const Shape& s = a.shape;
   const i64 bytes = s.rows * s.cols * i64(sizeof(T) + 1);
@@ -300,17 +300,17 @@ INLINE void quantize_as(const Quantize& a) {
     parallel_for(count, useful_threads(bytes, a.threads), [&](i64 i) {
       const i64 top = i / across % down * b, from = i % across * wide;
       const i64 row = i / (across * down) * s.height + top;
-      quantize_blocks<C, T>(a, row, least(b, s.height - top), from, least(wide, s.cols - from),
+      quantize_blocks<Out, C, T>(a, row, least(b, s.height - top), from, least(wide, s.cols - from),
                             i / across * ceil_div(s.cols, b) + from / b);
     });
     return;
   }
   const bool long_rows = s.cols > kPiece && s.rows < 4 * a.threads;
-  if (s.group == -1 || (s.group == 0 && long_rows)) return quantize_shared<C, T>(a, bytes);
+  if (s.group == -1 || (s.group == 0 && long_rows)) return quantize_shared<Out, C, T>(a, bytes);
   const i64 size = s.group == 0 ? s.cols : s.group, groups = ceil_div(s.cols, size);
   const i64 piece = s.group == 0 ? s.cols : piece_of(s);
   deal(s.rows, s.cols, piece, bytes, a.threads, [&](i64 row, i64 from, i64 n) {
-    quantize_groups<C, T>(a, row, from, n, size, row * groups + from / size);
+    quantize_groups<Out, C, T>(a, row, from, n, size, row * groups + from / size);
   });
 }
 
@@ -318,7 +318,8 @@ void quantize(const Quantize& a) {
   if (a.shape.rows == 0 || a.shape.cols == 0) return;
   with_type(a.dtype, [&](auto* type) {
     with_kind(a.kind, a.zeros != nullptr, [&](auto code) {
-      quantize_as<decltype(code), std::remove_pointer_t<decltype(type)>>(a);
+      using C = decltype(code);
+      quantize_as<Writer<C>, C, std::remove_pointer_t<decltype(type)>>(a);
     });
   });
 }

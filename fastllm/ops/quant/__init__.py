@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastllm.core.dispatch import define
 from fastllm.ops.quant import cpu, cuda, reference, spec, stock, triton
-from fastllm.ops.quant.cases import dequantize_cases, quantize_cases
+from fastllm.ops.quant.cases import dequantize_cases, fake_cases, quantize_cases
 
 quantize_op = define(
     "quantize",
@@ -22,7 +22,7 @@ quantize_op = define(
     gradients={},
     outputs=3,
     check=spec.check_quantize,
-    fake=spec.fake_quantize,
+    fake=spec.quantized,
     fake_backward=lambda input: (),
     cost=spec.cost_quantize,
     cases=quantize_cases(),
@@ -39,10 +39,29 @@ dequantize_op = define(
     saved_tensors=(0,),
     gradients={},
     check=spec.check_dequantize,
-    fake=spec.fake_dequantize,
+    fake=spec.dequantized,
     fake_backward=lambda codes: (),
     cost=spec.cost_dequantize,
     cases=dequantize_cases(),
+)
+fake_quantize_op = define(
+    "fake_quantize",
+    [module.BACKENDS["fake_quantize"] for module in (cpu, triton, stock)],
+    reference,
+    family="quant",
+    schema=spec.FAKE,
+    tensors=(0, 1),
+    saved_tensors=(0, 1),
+    gradients={0: 0, 1: 1},
+    check=spec.check_fake,
+    fake=lambda input, *_: input.new_empty(input.shape),
+    fake_backward=lambda input, scales, *_: (
+        input.new_empty(input.shape),
+        None if scales is None else scales.new_empty(scales.shape),
+    ),
+    cost=spec.cost_fake,
+    cases=fake_cases(),
+    values=spec.fake_distances,
 )
 
 
@@ -61,6 +80,15 @@ def quantize(
     or TypeError for arguments that do not fit.
     """
     return quantize_op(input.detach(), code, group, symmetric, backend=backend)
+
+
+def range_gradients(
+    grad: Tensor, input: Tensor, scales: Tensor, code: int, group: int
+) -> tuple[Tensor, Tensor]:
+    """What `fake_quantize` with given scales makes of a gradient: (of the input, of the scales)."""
+    backward = torch.ops.fastllm.fake_quantize_backward.default
+    dx, ds = backward(grad, input.detach(), scales, code, group, True, [True, True], None)
+    return dx, ds
 
 
 def dequantize(
@@ -82,3 +110,27 @@ def dequantize(
     return dequantize_op(
         codes, scales.detach(), zeros.detach(), code, group, k, dtype, backend=backend
     )
+
+
+def fake_quantize(
+    input: Tensor,
+    code: int,
+    group: int,
+    symmetric: bool = True,
+    scales: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """dequantize(quantize(input)) in input's dtype, bit for bit, in one pass.
+
+    code, group, symmetric as `quantize` takes them. Its gradient is the identity (Bengio, Léonard,
+    Courville 2013).
+
+    scales: those to use in place of the groups' own, of the shape that `quantize` gives them, for
+    symmetric kinds but mxfp8. Then the input's gradient is 0 where it is outside of the range, and
+    the scales' is that of LSQ (Esser et al. 2019), without its factor. Numbers outside of the
+    range are moved to its ends; infinity and NaN become NaN.
+
+    Raises ValueError or TypeError for arguments that do not fit.
+    """
+    return fake_quantize_op(input, scales, code, group, symmetric, backend=backend)

@@ -72,6 +72,60 @@ def _dequantize() -> Iterator[Case]:
     yield _back((17, 130), FP32, (INT8, 0, True), "transposed")
 
 
+def fake_cases() -> tuple[Case, ...]:
+    """All cases of fake_quantize."""
+    return tuple(_fake())
+
+
+def _fake() -> Iterator[Case]:
+    yield _faked((33, 64), FP32, (INT8, 32, True), True)  # has every argument
+    for form, given in itertools.product(FORMATS, (False, True)):
+        if given and not learnable(form):
+            continue
+        skipped = ((1, 1), (0, 32), (33, 64) if given else (2, 9, 130))
+        for shape, dtype in _sizes():
+            if shape not in skipped:
+                yield _faked(shape, dtype, form, given)
+        yield _faked((6, 70), FP64, form, given)
+        odd = ("outlier", "tiny", "infinite") if given else ("nan",)
+        for values in ("zeros", "ties", "huge", *odd):
+            dtype = FP16 if values == "huge" else FP32
+            yield _faked((9, 200), dtype, form, given, values, {"adversarial"})
+        yield _faked((24, 130), BF16, form, given, "transposed")
+    for form in ((INT8, 0, True), (INT4, 32, True), (NF4, 64, True), (E4M3, -128, True)):
+        for dtype, given in itertools.product((FP32, BF16), (False, True)):
+            yield _faked((4096, 4096), dtype, form, given, tags={"bench"})
+
+
+def learnable(form: tuple[int, int, bool]) -> bool:
+    """Whether scales may be given."""
+    code, _, symmetric = form
+    return symmetric and code != MXFP8
+
+
+def _faked(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    form: tuple[int, int, bool],
+    given: bool,
+    values: str = "normal",
+    tags: set[str] = frozenset(("quick",)),  # type: ignore[assignment]
+) -> Case:
+    code, group, symmetric = form
+
+    def build(generator: torch.Generator) -> tuple:
+        x = _tensor(shape, values, generator, dtype)
+        scales = None
+        if given:  # narrower than the values, so that some are outside
+            wide = _tensor(shape, "normal" if values in ("nan", "infinite") else values,
+                           generator, dtype)  # fmt: skip
+            scales = reference.quantize(wide, code, group, symmetric)[1] * 0.71
+        return x, scales, *form
+
+    name = _name(shape, dtype, form, values) + "-given" * given
+    return Case(name, dtype, build, frozenset(tags))
+
+
 def _sizes() -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
     kinds = itertools.cycle((FP32, BF16, FP16))
     for shape in SHAPES:

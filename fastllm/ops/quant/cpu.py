@@ -1,6 +1,7 @@
 """quantize and dequantize on the CPU kernels (csrc/cpu/kernels/quant.inl)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +52,45 @@ def dequantize(
     return out
 
 
+def fake_quantize(
+    input: Tensor, scales: Tensor | None, code: int, group: int, symmetric: bool
+) -> Tensor:
+    x, shape = input.contiguous(), tuple(input.shape)
+    out = empty(shape, x.dtype)
+    if scales is None:
+        made = torch.empty(layout.scales_shape(shape, group), dtype=layout.scales_dtype(code))
+        zeros = made if symmetric else torch.empty_like(made)
+        kind = -1
+    else:
+        made = zeros = scales.contiguous()
+        kind = _SCALES[scales.dtype]
+    _C.quant_fake(
+        DTYPES[x.dtype], code, kind, x.data_ptr(), out.data_ptr(), made.data_ptr(),
+        0 if symmetric else zeros.data_ptr(), *_sizes(shape), group, _height(shape),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def fake_quantize_backward(
+    grad_output: Tensor, input: Tensor, scales: Tensor | None, code: int, group: int,
+    symmetric: bool, needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    if scales is None:
+        return grad_output, None
+    x, grad, held = input.contiguous(), grad_output.contiguous(), scales.contiguous()
+    shape = tuple(x.shape)
+    dx, parts = empty(shape, x.dtype), torch.empty(layout.parts_shape(shape, group))
+    _C.quant_fake_grad(
+        DTYPES[x.dtype], code, _SCALES[held.dtype], x.data_ptr(), held.data_ptr(), grad.data_ptr(),
+        dx.data_ptr(), parts.data_ptr(), *_sizes(shape), group, _height(shape),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if not x.numel():
+        return dx, torch.zeros_like(held)
+    return dx, layout.gathered_parts(parts, group).to(held.dtype)
+
+
 def _bytes(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.int8 else torch.uint8
 
@@ -97,7 +137,16 @@ def _supports_dequantize(
     return groups_fit(code, group)
 
 
+def _supports_fake(
+    input: Tensor, scales: Tensor | None, code: int, group: int, symmetric: bool
+) -> str | None:
+    if scales is not None and scales.dtype not in DTYPES:
+        return f"{scales.dtype} scales: computed by torch"
+    return _supports_quantize(input, code, group, symmetric)
+
+
 BACKENDS: dict[str, Backend] = {
     "quantize": Backend("cpu", quantize, reference.quantize_backward, _supports_quantize),
     "dequantize": Backend("cpu", dequantize, reference.dequantize_backward, _supports_dequantize),
+    "fake_quantize": Backend("cpu", fake_quantize, fake_quantize_backward, _supports_fake),
 }

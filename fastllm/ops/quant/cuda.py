@@ -86,7 +86,7 @@ def quantize(
     input: Tensor, code: int, group: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, k = input.contiguous(), input.shape[-1]
-    codes, scales, zeros = spec.fake_quantize(x, code, group, symmetric)
+    codes, scales, zeros = spec.quantized(x, code, group, symmetric)
     _cuda.quantize(
         _CODES[x.dtype], code, x.data_ptr(), x.numel() // k, k, min(group or k, k),
         codes.data_ptr(), scales.data_ptr(), 0 if symmetric else zeros.data_ptr(),

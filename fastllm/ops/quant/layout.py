@@ -30,6 +30,12 @@ FP8 = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2, MXFP8: torch.float8_e
 # the largest code: scales are the group's largest magnitude over it
 LARGEST = {INT8: 127.0, NF4: 1.0, FP4: 1.0, E4M3: 448.0, E5M2: 57344.0, MXFP8: 448.0}
 
+
+def limits(code: int) -> tuple[float, float]:
+    """The least and the largest number of a symmetric kind, in units of its scale."""
+    return (-8.0, 7.0) if code == INT4 else (-LARGEST[code], LARGEST[code])
+
+
 SCALE_DTYPES = {INT4: torch.bfloat16, MXFP8: torch.uint8}
 
 
@@ -96,6 +102,34 @@ def spread(scales: Tensor, shape: tuple[int, ...], group: int) -> Tensor:
         return scales.repeat_interleave(group, -1)[..., : shape[-1]]
     rows = scales.repeat_interleave(-group, -2)[..., : shape[-2], :]
     return rows.repeat_interleave(-group, -1)[..., : shape[-1]]
+
+
+def gathered(x: Tensor, group: int) -> Tensor:
+    """The sum of each group's elements: what `spread` does to a gradient."""
+    if group == -1:
+        return x.sum().view(1)
+    if group == 0:
+        return x.sum(-1, keepdim=True)
+    if group > 0:
+        return F.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group)).sum(-1)
+    b = -group
+    parts = F.pad(x, (0, -x.shape[-1] % b, 0, -x.shape[-2] % b))
+    return parts.unflatten(-1, (-1, b)).unflatten(-3, (-1, b)).sum((-3, -1))
+
+
+def gathered_parts(parts: Tensor, group: int) -> Tensor:
+    """The same of [.., groups in a row], where each row's elements are summed already."""
+    if group == -1:
+        return parts.double().sum().float().view(1)
+    if group >= 0:
+        return parts
+    return F.pad(parts, (0, 0, 0, -parts.shape[-2] % -group)).unflatten(-2, (-1, -group)).sum(-2)
+
+
+def parts_shape(shape: tuple[int, ...], group: int) -> tuple[int, ...]:
+    """The shape of these parts for a tensor of this shape."""
+    size = abs(group) if group not in (0, -1) else max(1, shape[-1])
+    return (*shape[:-1], -(-shape[-1] // size))
 
 
 # ---- nibbles, tables, powers of two

@@ -4,6 +4,8 @@ Codes are computed against the scale as it is stored, and rounded half to even. 
 NaN or infinity gets the scale NaN: its values come back as NaN, never as numbers.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -97,6 +99,56 @@ def dequantize(
     out = values * layout.spread(layout.numbers(scales, wide), shape, group)
     largest = torch.finfo(dtype).max
     return out.clamp(-largest, largest).to(wide if oracle else dtype)
+
+
+def fake_quantize(
+    input: Tensor, scales: Tensor | None, code: int, group: int, symmetric: bool
+) -> Tensor:
+    """What the codes of input stand for; its gradients pass the rounding straight through."""
+    if scales is None:
+        held, k = input.detach(), input.shape[-1]
+        codes = quantize(held, code, group, symmetric)
+        return dequantize(*codes, code, group, k, input.dtype) + (input - held)
+    units, each = _units(input, scales, group)
+    inside = units.clamp(*layout.limits(code))
+    numbers = _numbers(inside.detach(), code)
+    smooth = torch.where(each == 0, input, (inside + (numbers - inside.detach())) * each)
+    largest = torch.finfo(input.dtype).max
+    made = (numbers * each.detach()).clamp(-largest, largest).to(input.dtype)
+    made = torch.where(input.isfinite(), made, torch.nan)
+    return made + (smooth - smooth.detach()).to(input.dtype)
+
+
+def _units(input: Tensor, scales: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """The input in units of its scales, and each element's scale."""
+    x = _wide(input)
+    each = layout.spread(scales.to(x.dtype), tuple(x.shape), group).expand_as(x)
+    return torch.where(each == 0, 0.0, x / torch.where(each == 0, 1.0, each)), each
+
+
+def _numbers(units: Tensor, code: int) -> Tensor:
+    """The nearest numbers of a symmetric kind."""
+    codes, none = _codes(units.nan_to_num(0.0), code, 8), units.new_empty(0)
+    return dequantize(codes, units.new_ones(1), none, code, -1, units.shape[-1], units.dtype)
+
+
+def fake_quantize_backward(
+    grad_output: Tensor, input: Tensor, scales: Tensor | None, code: int, group: int,
+    symmetric: bool, needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """LSQ: the input's gradient stops outside of the range; the scale's is what rounding did."""
+    if scales is None:
+        return grad_output, None
+    units, _ = _units(input, scales, group)
+    low, high = layout.limits(code)
+    below, above = units < low, units > high
+    dx, ds = torch.where(below | above, 0.0, grad_output), None
+    if needs[1]:
+        exact, _ = _units(input.double(), scales, group)
+        rest = _numbers(units, code) - exact
+        slope = torch.where(below, low, torch.where(above, high, rest))
+        ds = layout.gathered(grad_output * slope, group).to(scales.dtype)
+    return dx, ds
 
 
 def quantize_backward(*_: object) -> None:

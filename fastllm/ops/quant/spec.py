@@ -24,6 +24,14 @@ DEQUANTIZE = Schema(
     backward_params="Tensor? grad_output, Tensor codes",
     backward_returns="()",
 )
+FAKE = Schema(
+    params="Tensor input, Tensor? scales, int code, int group, bool symmetric",
+    returns="Tensor",
+    backward_params=(
+        "Tensor grad_output, Tensor input, Tensor? scales, int code, int group, bool symmetric"
+    ),
+    backward_returns="(Tensor, Tensor)",
+)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -84,7 +92,26 @@ def check_dequantize(
             raise ValueError(f"zeros: expected {describe(scales)}, found {describe(zeros)}")
 
 
-def fake_quantize(
+def check_fake(
+    input: Tensor, scales: Tensor | None, code: int, group: int, symmetric: bool
+) -> None:
+    """Raises ValueError or TypeError that names the argument."""
+    check_quantize(input, code, group, symmetric)
+    if scales is None:
+        return
+    if code == MXFP8 or not symmetric:
+        kind = KINDS[code] if symmetric else "asymmetric int4"
+        raise ValueError(f"scales: expected None for {kind}, found {describe(scales)}")
+    if not isinstance(scales, Tensor) or scales.dtype not in FLOATS:
+        raise TypeError(f"scales: expected a floating point tensor, found {describe(scales)}")
+    shape = layout.scales_shape(tuple(input.shape), group)
+    if tuple(scales.shape) != shape or scales.device != input.device:
+        raise ValueError(
+            f"scales: expected shape {list(shape)} on {input.device}, found {describe(scales)}"
+        )
+
+
+def quantized(
     input: Tensor, code: int, group: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """codes, scales and zeros, which are empty where the format has none."""
@@ -95,7 +122,7 @@ def fake_quantize(
     return codes, scales, zeros
 
 
-def fake_dequantize(
+def dequantized(
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor,
@@ -110,14 +137,39 @@ def fake_dequantize(
 
 def cost_quantize(input: Tensor, code: int, group: int, symmetric: bool) -> Cost:
     """The input is read, and codes and scales are written."""
-    made = sum(t.nbytes for t in fake_quantize(input, code, group, symmetric))
+    made = sum(t.nbytes for t in quantized(input, code, group, symmetric))
     return Cost(input.nbytes + made, 0, 4 * input.numel(), 0)
 
 
 def cost_dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, *rest: Any) -> Cost:
     """Codes and scales are read, and the output is written."""
-    out = fake_dequantize(codes, scales, zeros, *rest)
+    out = dequantized(codes, scales, zeros, *rest)
     return Cost(codes.nbytes + scales.nbytes + zeros.nbytes + out.nbytes, 0, 2 * out.numel(), 0)
+
+
+def cost_fake(input: Tensor, scales: Tensor | None, *_: Any) -> Cost:
+    """Read and written once; with ranges of its own a gradient is read, too."""
+    held, ops = 2 * input.nbytes, 6 * input.numel()
+    return Cost(held, 0, ops, 0) if scales is None else Cost(held, 3 * input.nbytes, ops, ops)
+
+
+def fake_distances(args: tuple, results: tuple) -> tuple[Tensor]:
+    """How far values lie from the input's (in its range), in units of the group's largest one."""
+    (input, scales, code, group, _), (made,) = args, results
+    x, shape = input.double(), tuple(input.shape)
+    if scales is None:
+        low, high = layout.extremes(x, group)
+        top = torch.maximum(high, -low)
+        unit = layout.spread(top, shape, group)
+    else:
+        each = layout.spread(scales.double(), shape, group)
+        ends = [bound * each for bound in layout.limits(code)]
+        x = x.clamp(torch.minimum(*ends), torch.maximum(*ends))
+        unit = ends[1].abs()
+    # a power of two, so that the gradients that are sent through this are rounded nowhere
+    unit = layout.power_of_two(torch.frexp(unit.nan_to_num(1.0))[1].clamp(-64, 512))
+    signed = (made.double() - x) / unit  # its sign is chance where two codes are as near
+    return ((signed + (signed.abs() - signed).detach()).float(),)
 
 
 def distances(args: tuple, results: tuple) -> tuple[Tensor, ...]:

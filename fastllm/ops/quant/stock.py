@@ -6,4 +6,5 @@ from fastllm.ops.quant import reference
 BACKENDS: dict[str, Backend] = {
     "quantize": Backend("torch", reference.quantize),
     "dequantize": Backend("torch", reference.dequantize),
+    "fake_quantize": Backend("torch", reference.fake_quantize),
 }

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +17,14 @@ from fastllm.ops.quant.cpu import groups_fit
 MAX_BLOCK = 128
 
 
-def _kernels() -> Any:
-    return importlib.import_module("fastllm.kernels.quant")
+def _kernels(name: str = "quant") -> Any:
+    return importlib.import_module(f"fastllm.kernels.{name}")
 
 
 def quantize(
     input: Tensor, code: int, group: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    codes, scales, zeros = spec.fake_quantize(input, code, group, symmetric)
+    codes, scales, zeros = spec.quantized(input, code, group, symmetric)
     if not input.numel():
         return codes, scales.zero_(), zeros.zero_()
     given = None if symmetric else zeros
@@ -48,6 +49,40 @@ def dequantize(
         codes.contiguous(), scales.contiguous(), given, out, code, group, layout.TABLES.get(code)
     )
     return out
+
+
+def fake_quantize(
+    input: Tensor, scales: Tensor | None, code: int, group: int, symmetric: bool
+) -> Tensor:
+    x, values = input.contiguous(), layout.TABLES.get(code)
+    out = torch.empty_like(x)
+    if scales is None:
+        _, made, zeros = spec.quantized(input, code, group, symmetric)
+        given = None if symmetric else zeros
+        _kernels().fake_own(x, out, made, given, code, group, values)
+    else:
+        ends = layout.limits(code)
+        _kernels("quant_ranges").fake_given(
+            x, scales.contiguous(), None, out, None, code, group, values, ends
+        )
+    return out
+
+
+def fake_quantize_backward(
+    grad_output: Tensor, input: Tensor, scales: Tensor | None, code: int, group: int,
+    symmetric: bool, needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    if scales is None:
+        return grad_output, None
+    x, shape = input.contiguous(), tuple(input.shape)
+    dx, parts = torch.empty_like(x), x.new_zeros(layout.parts_shape(shape, group)).float()
+    _kernels("quant_ranges").fake_given(
+        x, scales.contiguous(), grad_output.contiguous(), dx, parts, code, group,
+        layout.TABLES.get(code), layout.limits(code),
+    )  # fmt: skip
+    if not x.numel():
+        return dx, torch.zeros_like(scales)
+    return dx, layout.gathered_parts(parts, group).to(scales.dtype)
 
 
 def _place(tensor: Tensor) -> str | None:
@@ -84,11 +119,22 @@ def _supports_dequantize(
     return _place(codes) or groups_fit(code, group)
 
 
+def _supports_fake(
+    input: Tensor, scales: Tensor | None, code: int, group: int, symmetric: bool
+) -> str | None:
+    if scales is not None and scales.dtype not in DTYPES:
+        return f"{scales.dtype} scales: computed by torch"
+    return _supports_quantize(input, code, group, symmetric)
+
+
 BACKENDS: dict[str, Backend] = {
     "quantize": Backend(
         "triton", quantize, reference.quantize_backward, _supports_quantize, available
     ),
     "dequantize": Backend(
         "triton", dequantize, reference.dequantize_backward, _supports_dequantize, available
+    ),
+    "fake_quantize": Backend(
+        "triton", fake_quantize, fake_quantize_backward, _supports_fake, available
     ),
 }

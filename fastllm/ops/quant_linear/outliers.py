@@ -3,16 +3,18 @@
 Which columns those are is known in the call only: dispatcher ops hide it from torch.compile.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fastllm import _C
 from fastllm.ops.matmul.reference import activate
 from fastllm.ops.quant import layout
 from fastllm.ops.quant_linear.spec import Terms
 
-_ROWS = 64  # that are looked at together: their magnitudes stay in the cache
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _BLOCK = 1 << 24  # values of the weight that are floats at a time
 
 
@@ -21,10 +23,7 @@ def loud(x: Tensor, threshold: float) -> Tensor:
     if not x.numel():
         return x.new_zeros(x.shape[-1], dtype=torch.bool)
     x = x.detach().reshape(-1, x.shape[-1])
-    step = _ROWS if x.is_cpu else len(x)
-    tops = [rows.abs().amax(0) for rows in x.split(step)]
-    top = tops[0] if len(tops) == 1 else torch.stack(tops).amax(0)
-    return ~(top.float() <= threshold)
+    return ~(x.abs().amax(0).float() <= threshold)
 
 
 def split(product: Callable[..., Tensor], input: Tensor, terms: Terms) -> Tensor:
@@ -46,12 +45,24 @@ def split(product: Callable[..., Tensor], input: Tensor, terms: Terms) -> Tensor
 
 
 def _places(x: Tensor, threshold: float) -> Tensor:
-    """The numbers of the loud columns; one fast pass on a CPU where there are none."""
-    if x.is_cpu:
-        low, high = torch.aminmax(x)
-        if -threshold <= low.item() and high.item() <= threshold:
-            return x.new_empty(0, dtype=torch.long)
-    return loud(x, threshold).nonzero().flatten()
+    """The numbers of the loud columns."""
+    if not x.is_cpu or x.dtype not in _BITS or x.stride(1) != 1:
+        return loud(x, threshold).nonzero().flatten()
+    rows, k = x.shape
+    found = torch.empty(1 + k, dtype=torch.long)
+    _C.qgemm_loud(
+        x.data_ptr(), x.element_size(), rows, k, x.stride(0), _limit(threshold, x.dtype),
+        found.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return found.narrow(0, 1, int(found[0]))
+
+
+@functools.lru_cache(maxsize=64)
+def _limit(threshold: float, dtype: torch.dtype) -> int:
+    """The bits of the largest number of `dtype` that is not above the threshold."""
+    exact = torch.tensor(threshold)
+    near = exact.to(dtype)
+    return int(near.view(_BITS[dtype])) - int(near.float() > exact)
 
 
 def weight_columns(terms: Terms, places: Tensor) -> Tensor:
