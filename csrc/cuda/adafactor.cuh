@@ -2,10 +2,11 @@
 #pragma once
 
 #include "cuda/adafactor.h"
-#include "cuda/optim.cuh"
+#include "cuda/vector.cuh"
 
 namespace fastllm {
 
+constexpr int kFactorThreads = 256;
 constexpr int kFactorRows = 8;  // rows whose sums a thread has in registers
 
 __device__ __forceinline__ float element(int64_t type, const void* from, int64_t at) {
@@ -23,15 +24,15 @@ __device__ __forceinline__ float share_of_new(const FactorStep& p, const FactorR
 __device__ __forceinline__ bool is_found(const FactorStep& p) {
   return p.found != nullptr && *p.found != 0.0f;
 }
-// block_sum() that may be called again at once.
+// block_sum that may be called again at once.
 __device__ __forceinline__ float next_sum(float value) {
-  const float sum = block_sum(value);
+  const float sum = block_sum<kFactorThreads>(value);
   __syncthreads();
   return sum;
 }
 
 // Each block owns one share of a matrix: its rows' sums, and what they add to each column's.
-__global__ void __launch_bounds__(kOptimThreads) factor_squares(FactorStep p) {
+__global__ void __launch_bounds__(kFactorThreads) factor_squares(FactorStep p) {
   const FactorShare share = p.shares[blockIdx.x];
   const FactorRow& row = p.rows[share.row];
   if (row.col_var == nullptr) return;
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kOptimThreads) factor_squares(FactorStep p) {
   float* by_col = p.room + row.by_col + (share.matrix * row.parts + share.part) * cols;
   for (int64_t r = share.first; r < share.last; r += kFactorRows) {
     float sums[kFactorRows] = {};
-    for (int64_t c = threadIdx.x; c < cols; c += kOptimThreads) {
+    for (int64_t c = threadIdx.x; c < cols; c += kFactorThreads) {
       float column = r == share.first ? 0.0f : by_col[c];
 #pragma unroll
       for (int j = 0; j < kFactorRows; ++j) {
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kOptimThreads) factor_squares(FactorStep p) {
 }
 
 // Each block owns some columns' moments, or all rows' of a matrix; those it leaves over their mean.
-__global__ void __launch_bounds__(kOptimThreads) factor_moments(FactorStep p) {
+__global__ void __launch_bounds__(kFactorThreads) factor_moments(FactorStep p) {
   const FactorShare job = p.moments[blockIdx.x];
   const FactorRow& row = p.rows[job.row];
   const float mix = share_of_new(p, row);
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kOptimThreads) factor_moments(FactorStep p) {
   float* by_row = p.room + row.by_row + job.matrix * row.rows;
   float* moments = row.row_var + job.matrix * row.rows;
   float sum = 0.0f;
-  for (int64_t r = threadIdx.x; r < row.rows; r += kOptimThreads) {
+  for (int64_t r = threadIdx.x; r < row.rows; r += kFactorThreads) {
     float moment = moments[r];
     const float mean_square = by_row[r] / static_cast<float>(row.cols);
     if (!still) moment = moments[r] = blended(moment, mean_square, mix);
@@ -89,11 +90,11 @@ __global__ void __launch_bounds__(kOptimThreads) factor_moments(FactorStep p) {
   }
   const float mean = next_sum(sum) / static_cast<float>(row.rows);
   const float floor = static_cast<float>(row.floor), least = mean < floor ? floor : mean;
-  for (int64_t r = threadIdx.x; r < row.rows; r += kOptimThreads) by_row[r] /= least;
+  for (int64_t r = threadIdx.x; r < row.rows; r += kFactorThreads) by_row[r] /= least;
 }
 
 // Each block owns one share: the direction there, and the sum of its squares. NaN goes on.
-__global__ void __launch_bounds__(kOptimThreads) factor_directions(FactorStep p) {
+__global__ void __launch_bounds__(kFactorThreads) factor_directions(FactorStep p) {
   const FactorShare share = p.shares[blockIdx.x];
   const FactorRow& row = p.rows[share.row];
   const float factor = *p.factor * p.sign;
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kOptimThreads) factor_directions(FactorStep p)
   if (row.col_var == nullptr) {
     const float mix = share_of_new(p, row);
     const bool still = is_found(p);
-    for (int64_t i = share.first + threadIdx.x; i < share.last; i += kOptimThreads) {
+    for (int64_t i = share.first + threadIdx.x; i < share.last; i += kFactorThreads) {
       const float g = factor * element(row.type, row.grad, i);
       float moment = row.row_var[i];
       if (!still) moment = row.row_var[i] = blended(moment, g * g, mix);
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kOptimThreads) factor_directions(FactorStep p)
     for (int64_t r = share.first; r < share.last; ++r) {
       const int64_t at = (share.matrix * row.rows + r) * row.cols;
       const float mine = by_row[r];
-      for (int64_t c = threadIdx.x; c < row.cols; c += kOptimThreads) {
+      for (int64_t c = threadIdx.x; c < row.cols; c += kFactorThreads) {
         const float moment = mine * by_col[c];
         const float u =
             factor * element(row.type, row.grad, at + c) / sqrtf(moment < floor ? floor : moment);
@@ -126,13 +127,13 @@ __global__ void __launch_bounds__(kOptimThreads) factor_directions(FactorStep p)
       }
     }
   }
-  sum = block_sum(sum);
+  sum = block_sum<kFactorThreads>(sum);
   if (threadIdx.x == 0) p.sums[blockIdx.x] = sum;
 }
 
 // Each thread owns a tensor: how far it goes.
-__global__ void __launch_bounds__(kOptimThreads) factor_sizes(FactorStep p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kOptimThreads + threadIdx.x;
+__global__ void __launch_bounds__(kFactorThreads) factor_sizes(FactorStep p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kFactorThreads + threadIdx.x;
   if (i >= p.row_count) return;
   const FactorRow& row = p.rows[i];
   const double n = static_cast<double>(row.n < 1 ? 1 : row.n);

@@ -7,12 +7,6 @@
 
 namespace fastllm {
 
-#ifdef FASTLLM_CUDA_ON_CPU
-#define shared_memory FASTLLM_SHARED_MEMORY
-#else
-extern __shared__ __align__(16) unsigned char shared_memory[];
-#endif
-
 // A block holds blockDim.y rows in registers, ITEMS vectors a thread. For aligned rows.
 template <typename T, bool CENTER, int ITEMS>
 __global__ void __launch_bounds__(512) norm_forward(Forward p) {

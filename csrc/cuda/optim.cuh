@@ -6,12 +6,6 @@
 
 namespace fastllm {
 
-#ifdef FASTLLM_CUDA_ON_CPU
-#define shared_memory FASTLLM_SHARED_MEMORY
-#else
-extern __shared__ __align__(16) unsigned char shared_memory[];
-#endif
-
 constexpr int kOptimThreads = 256;
 constexpr int kLane = static_cast<int>(kScaled) / 32;  // elements of a thread: a warp has a scale's
 
@@ -197,18 +191,6 @@ __global__ void __launch_bounds__(kOptimThreads) optim_update(OptimStep p, int64
   }
 }
 
-// The sum of a value over the threads of a block, in a fixed order; every thread has it.
-__device__ __forceinline__ float block_sum(float value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  float* sums = reinterpret_cast<float*>(shared_memory);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
-  __syncthreads();
-  float total = 0.0f;
-  for (int i = 0; i < kOptimThreads / 32; ++i) total += sums[i];
-  return total;
-}
-
 // Each block writes the sum of the squares of one share's gradients.
 __global__ void __launch_bounds__(kOptimThreads) optim_squares(OptimStep p) {
   const OptimShare share = p.shares[blockIdx.x];
@@ -225,7 +207,7 @@ __global__ void __launch_bounds__(kOptimThreads) optim_squares(OptimStep p) {
 #pragma unroll
     for (int j = 0; j < kLane; ++j) sum += grad[j] * grad[j];
   }
-  sum = block_sum(sum);
+  sum = block_sum<kOptimThreads>(sum);
   if (threadIdx.x == 0) p.squares[blockIdx.x] = sum;
 }
 
@@ -238,7 +220,7 @@ __global__ void __launch_bounds__(kOptimThreads)
   if (p.squares) {
     float sum = 0.0f;
     for (int64_t i = threadIdx.x; i < p.share_count; i += kOptimThreads) sum += p.squares[i];
-    const float norm = sqrtf(block_sum(sum)) / scale;
+    const float norm = sqrtf(block_sum<kOptimThreads>(sum)) / scale;
     factor = gradient_factor(scale, norm, p.max_norm);
     if (blockIdx.x == 0 && threadIdx.x == 0 && first_row == 0) *p.norm = norm;
   }

@@ -7,12 +7,6 @@
 
 namespace fastllm {
 
-#ifdef FASTLLM_CUDA_ON_CPU
-#define shared_memory FASTLLM_SHARED_MEMORY
-#else
-extern __shared__ __align__(16) unsigned char shared_memory[];
-#endif
-
 // A thread takes kQuantStep neighbours at a time; the first kQuantHeld times stay in registers.
 constexpr int kQuantHeld = 4, kQuantBlock = 256;
 

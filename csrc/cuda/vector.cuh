@@ -11,6 +11,12 @@
 
 namespace fastllm {
 
+#ifdef FASTLLM_CUDA_ON_CPU
+#define shared_memory FASTLLM_SHARED_MEMORY
+#else
+extern __shared__ __align__(16) unsigned char shared_memory[];  // what a launch asked for
+#endif
+
 template <typename T>
 struct alignas(16) Pack {
   static constexpr int size = 16 / sizeof(T);
@@ -165,5 +171,18 @@ class RowSum {
   Slot<MAX>* slots_;
   int cluster_, rank_, turn_;
 };
+
+// The sum of a value over the THREADS threads of a block, in a fixed order; every thread has it.
+template <int THREADS>
+__device__ __forceinline__ float block_sum(float value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  float* sums = reinterpret_cast<float*>(shared_memory);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
+  __syncthreads();
+  float total = 0.0f;
+  for (int i = 0; i < THREADS / 32; ++i) total += sums[i];
+  return total;
+}
 
 }  // namespace fastllm
