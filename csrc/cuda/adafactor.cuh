@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(kFactorThreads) factor_moments(FactorStep p) {
 }
 
 // Each block owns one share: the direction there, and the sum of its squares. NaN goes on.
-__global__ void __launch_bounds__(kFactorThreads) factor_directions(FactorStep p) {
+// Four blocks an SM: left alone, ptxas wants eight and spills.
+__global__ void __launch_bounds__(kFactorThreads, 4) factor_directions(FactorStep p) {
   const FactorShare share = p.shares[blockIdx.x];
   const FactorRow& row = p.rows[share.row];
   const float factor = *p.factor * p.sign;
