@@ -142,13 +142,18 @@ def test_widths_that_have_no_pattern_are_left():
         (lambda m: prune(m, method="best"), "method: expected"),
         (lambda m: prune(m, method="wanda"), "calibrate: expected batches for 'wanda'"),
         (lambda m: prune(m, pattern=(4, 2)), "pattern: expected"),
+        (lambda m: prune(m, pattern="2:4"), r"pattern: expected .*, found '2:4'"),
+        (lambda m: prune(m, pattern=2), "pattern: expected .*, found 2"),
+        (lambda m: prune(m, "half"), "amount: expected a number, found str"),
+        (lambda m: prune(0.5), "model: expected a torch.nn.Module, found float"),
+        (lambda m: prune_heads(None, 0.5), "model: expected a torch.nn.Module, found NoneType"),
         (lambda m: prune_channels(m, -0.1), "amount: expected"),
         (lambda m: prune_channels(nn.Sequential(nn.Linear(3, 3)), 0.5), "model: expected blocks"),
         (lambda m: prune_heads(m, 0.5), "model: expected blocks"),
     ],
 )
 def test_errors_name_the_argument(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(net())
 
 

@@ -227,25 +227,33 @@ class QuantLinear(nn.Linear):
         weight, code = state_dict.get(prefix + "weight"), state_dict.get(prefix + "format_code")
         if weight is not None and prefix + "codes" not in state_dict:
             state_dict = self._from_float(state_dict, prefix, weight, error_msgs)
-        elif code is not None:
-            if not torch.equal(code[:4].cpu(), self.format_code[:4].cpu()):
-                own, theirs = describe(self.format_code), describe(code)
-                error_msgs.append(f"{prefix}codes: expected {own}, found {theirs}")
+        elif code is not None and not code.is_meta:
+            own = code_of(self.format, self.activations)  # the buffer may be meta, or still empty
+            if not torch.equal(code[:4].cpu(), own[:4]):
+                error_msgs.append(
+                    f"{prefix}codes: expected {describe(own)}, found {describe(code)}"
+                )
                 return
             self.activations = int(code[4])
             for found in FOUND:
                 value, mine = state_dict.get(prefix + found), self._buffers[found]
                 if value is None or mine is None or mine.shape != value.shape:
-                    made = None if value is None else value.to(self.codes.device, copy=True)
-                    self._buffers[found] = made
+                    self._buffers[found] = None if value is None else self._here(value, copy=True)
             self.threshold = number(state_dict.get(prefix + "outlier_threshold"))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if self._like.device != self.codes.device:  # a meta model that was assigned to
+            self._like = torch.empty_like(self._like, device=self.codes.device)
+
+    def _here(self, tensor: Tensor, copy: bool = False) -> Tensor:
+        """On the device of the codes, unless those are still to come."""
+        return tensor if self.codes.is_meta else tensor.to(self.codes.device, copy=copy)
 
     def _from_float(self, state: Any, prefix: str, weight: Tensor, errors: list[str]) -> Any:
         """The entries of a float layer as this one's; its own codes where they do not fit."""
         own = {prefix + n: b for n in CODES if (b := self._buffers.get(n)) is not None}
+        own[prefix + "format_code"] = code_of(self.format, self.activations)
         rest = {k: v for k, v in state.items() if k.startswith(prefix) and k != prefix + "weight"}
         weight = weight.t() if self.transposed else weight
         expected = [self.out_features, self.in_features]
@@ -253,7 +261,7 @@ class QuantLinear(nn.Linear):
             errors.append(f"{prefix}weight: expected shape {expected}, found {list(weight.shape)}")
             return own | rest
         try:
-            q = self._quantized(weight.to(self._like.device))
+            q = self._quantized(self._here(weight))
         except (TypeError, ValueError) as error:
             errors.append(f"{prefix}weight: {error}")
             return own | rest

@@ -84,9 +84,9 @@ def quantize(
                callable(path, module) -> bool, alone or in a list; a module stands for all in it
     exclude    what may not, in the same form
     calibrate  inputs of the model: a tensor, a tuple of arguments, a dict of keyword arguments, or
-               a list of such. Methods learn from them, and the report's errors are those of the
-               layers' outputs on them. Layers are quantized in order, and later ones are
-               calibrated behind earlier ones where their statistics do not all fit into 1 GB
+               a list or DataLoader of such. Methods learn from them, and the report's errors are
+               those of the layers' outputs on them. Layers are quantized in order, and later ones
+               are calibrated behind earlier ones where their statistics do not all fit into 1 GB
     progress   a bar on stderr where that is a terminal and it takes longer
     min_weights  layers with fewer weights are faster in float and stay there; 0 quantizes them,
                too. None: the Config's, which is 2^17 unless it says otherwise

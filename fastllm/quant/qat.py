@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.core.instances import assign
+from fastllm.core.select import paths_of
 from fastllm.ops import quant as ops
 from fastllm.ops.quant import layout
 from fastllm.ops.quant_linear import quant_linear
@@ -165,6 +166,8 @@ def prepare_qat(
     form = config.format
     if config.needs_data or config.method != "round":
         raise ValueError(f"config: expected one that needs no data, found {config}")
+    if config.outlier_threshold is not None:
+        raise ValueError(f"config: expected one without outlier_threshold, found {config}")
     if learn_ranges and (not form.symmetric or form.double or form.group < -1 or form.bits > 8):
         raise ValueError(f"learn_ranges: expected a symmetric format by groups, found {form}")
     if learn_ranges and form.kind == "mxfp8":
@@ -199,8 +202,9 @@ def convert_qat(model: nn.Module) -> Report:
     Returns a report. Raises ValueError where nothing is prepared, or a weight holds NaN or
     infinity.
     """
+    found = paths_of(model).items()
+    prepared = [(names[0], m) for m, names in found if isinstance(m, QATLinear)]
     before, rows = nbytes(model), []
-    prepared = [(p, m) for p, m in model.named_modules() if isinstance(m, QATLinear)]
     if not prepared:
         raise ValueError("model: expected layers that prepare_qat prepared, found none")
     made = [module.qtensor() for _, module in prepared]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastllm.core.run import as_calls
 from fastllm.core.select import chosen, paths_of
 from fastllm.quant import calibrate as data
-from fastllm.quant.select import is_conv1d, oriented
+from fastllm.quant.select import check_share, is_conv1d, oriented
 
 # (projections whose rows are the channels, the projection whose columns they are)
 FEED_FORWARD = (
@@ -63,7 +63,7 @@ def prune_channels(
 
     Returns a row for each block. Raises ValueError where there is none.
     """
-    _check(amount)
+    check_share(amount)
     blocks = _found(model, FEED_FORWARD, include, exclude)
     downs = [block[-1][1] for block in blocks]
     stats = _stats(model, downs, calibrate)
@@ -95,7 +95,7 @@ def prune_heads(
 
     Returns a row for each block, counted in key heads. Raises ValueError where there is none.
     """
-    _check(amount)
+    check_share(amount)
     blocks = [
         (path, owner, parts)
         for path, owner, parts in _found(model, ATTENTION, include, exclude)
@@ -125,11 +125,6 @@ def prune_heads(
         _update_config(model, _KEY_HEADS, {groups})
         _update_config(model, ("head_dim",), {size})
     return rows
-
-
-def _check(amount: float) -> None:
-    if not 0 <= amount < 1:
-        raise ValueError(f"amount: expected a share in [0, 1), found {amount!r}")
 
 
 def _found(model: nn.Module, table: Any, include: Any, exclude: Any) -> list[tuple]:
