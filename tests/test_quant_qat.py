@@ -206,9 +206,10 @@ def test_errors_name_the_argument(call, message):
         call(Net())
 
 
-def test_a_weight_that_diverged_is_not_converted():
+@pytest.mark.parametrize("learn_ranges", [False, True])
+def test_a_weight_that_diverged_is_not_converted(learn_ranges):
     model = Net()
-    prepare_qat(model, "int8")
+    prepare_qat(model, "int8", learn_ranges=learn_ranges)
     with torch.no_grad():
         model.up.weight[0, 0] = float("nan")
     assert model(torch.randn(2, 48)).isnan().any()

@@ -19,7 +19,7 @@ from fastllm.quant import select
 from fastllm.quant.calibrate import sqnr
 from fastllm.quant.config import Config, as_config
 from fastllm.quant.formats import Format
-from fastllm.quant.grid import codes_of, scales_of, snap
+from fastllm.quant.grid import scales_of
 from fastllm.quant.linear import ACTIVATIONS, adopt
 from fastllm.quant.qtensor import QTensor, check_finite, nest, unnest
 from fastllm.quant.report import Report, Row, nbytes
@@ -111,9 +111,9 @@ def _codes(
         if form.double:
             return codes, *_nested(scales, zeros)
         return codes, scales, zeros, scales.new_empty(0)
-    scales = _stored(ranges, form)
-    zeros = scales.new_empty(0)
-    return codes_of(snap(_units(weight, scales, form), form), form), scales, zeros, zeros
+    codes, scales = ops.encode(weight, ranges, form.code, form.group)
+    none = scales.new_empty(0)
+    return codes, scales, none, none
 
 
 def _nested(scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,13 +124,6 @@ def _nested(scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _stored(ranges: Tensor, form: Format) -> Tensor:
     """Learned scales as a QuantLinear stores them."""
     return ranges.detach().to(layout.scales_dtype(form.code))
-
-
-def _units(weight: Tensor, scales: Tensor, form: Format) -> Tensor:
-    """The weight in units of its scales, in float32."""
-    each = layout.spread(scales.float(), tuple(weight.shape), form.group)
-    unit = torch.where(each == 0, 1.0, each)
-    return torch.where(each == 0, 0.0, weight.float() / unit)
 
 
 def _range_gradients(
