@@ -1,16 +1,17 @@
 """QuantLinear: a linear layer whose weight is codes."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastllm.core.instances import assign
+from fastllm.core import op
 from fastllm.ops import quant as ops
 from fastllm.ops.matmul.reference import activate
 from fastllm.ops.quant.layout import KINDS, codes_dtype
 from fastllm.ops.quant_linear import quant_linear
-from fastllm.quant.formats import Format, parse
+from fastllm.quant.formats import Format, parse, with_scales
 from fastllm.quant.lazy import LazyWeight
 from fastllm.quant.qtensor import QTensor, quantize, unnest
 from fastllm.quant.select import oriented
@@ -22,6 +23,7 @@ CODES = (
     "outlier_threshold", "format_code",
 )  # fmt: skip
 FOUND = ("act_scale", "input_scale", "outliers", "outlier_weight", "outlier_threshold")  # optional
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -97,6 +99,30 @@ class QuantLinear(nn.Linear):
         fill(made, q, activations, like=weight, transposed=not isinstance(linear, nn.Linear))
         return made
 
+    @classmethod
+    def from_qtensor(
+        cls, q: QTensor, bias: Tensor | None = None, activations: str = "float"
+    ) -> "QuantLinear":
+        """A layer of codes that are there already, those of `read_gptq`, say; nothing is copied.
+
+        q [out_features, in_features], bias [out_features] in q.dtype. Raises TypeError or
+        ValueError naming the argument.
+        """
+        if not isinstance(q, QTensor):
+            raise TypeError(f"q: expected a QTensor, found {type(q).__name__}")
+        if len(q.shape) != 2:
+            raise ValueError(f"q: expected a matrix, found {q}")
+        if bias is not None and (tuple(bias.shape) != q.shape[:1] or bias.dtype != q.dtype):
+            expected = f"[{q.shape[0]}] in {q.dtype}"
+            raise ValueError(f"bias: expected {expected}, found {op.describe(bias)}")
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        own = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        made.register_parameter("bias", own)
+        made.out_features, made.in_features = q.shape
+        fill(made, q, activations, like=torch.empty(0, dtype=q.dtype, device=q.device))
+        return made
+
     def forward(self, input: Tensor) -> Tensor:
         return self.activated(input)
 
@@ -157,6 +183,7 @@ class QuantLinear(nn.Linear):
         if tuple(weight.shape) != expected:
             raise ValueError(f"weight: expected shape {list(expected)}, found {list(weight.shape)}")
         q = self._quantized(weight)
+        self._scales_in(q.scales.dtype)
         for name in ("codes", "scales", "zeros", "nested"):
             if self._buffers[name] is not None:
                 getattr(self, name).copy_(getattr(q, name))
@@ -168,7 +195,19 @@ class QuantLinear(nn.Linear):
         weight = weight.detach()
         if scale is not None:  # 0 for outliers, whose columns are kept apart
             weight = torch.where(scale == 0, 0.0, weight / torch.where(scale == 0, 1.0, scale))
-        return quantize(weight.to(self._like.dtype), self.format)
+        return quantize(weight.to(self._like.dtype), replace(self.format, scale_dtype=None))
+
+    def _scales_in(self, dtype: torch.dtype) -> None:
+        """Makes room for scales and zero points that the dtype of its own cannot hold."""
+        if (
+            dtype not in FLOATS
+            or torch.promote_types(self.scales.dtype, dtype) == self.scales.dtype
+        ):
+            return
+        self.format = with_scales(self.format, dtype)
+        for name in ("scales", "zeros"):
+            if (held := self._buffers[name]) is not None:
+                self._buffers[name] = torch.empty_like(held, dtype=dtype)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -240,6 +279,8 @@ class QuantLinear(nn.Linear):
                 if value is None or mine is None or mine.shape != value.shape:
                     self._buffers[found] = None if value is None else self._here(value, copy=True)
             self.threshold = number(state_dict.get(prefix + "outlier_threshold"))
+            if (scales := state_dict.get(prefix + "scales")) is not None:
+                self._scales_in(scales.dtype)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -265,6 +306,7 @@ class QuantLinear(nn.Linear):
         except (TypeError, ValueError) as error:
             errors.append(f"{prefix}weight: {error}")
             return own | rest
+        self._scales_in(q.scales.dtype)
         new = {prefix + n: getattr(q, n) for n in ("codes", "scales", "zeros", "nested")}
         if self.outliers is not None:
             new[prefix + "outlier_weight"] = weight[:, self.outliers.to(weight.device)]
@@ -329,42 +371,3 @@ def fill(
     module.threshold = number(outlier_threshold)
     module.register_buffer("format_code", code_of(q.format, module.activations).to(q.device))
     module.register_buffer("_like", like.detach().new_empty(0), persistent=False)
-
-
-class Original:
-    """What a module was before it became a QuantLinear."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.cls = type(module)
-        self.parameters = dict(module._parameters)
-        self.attributes = set(vars(module))
-
-    def put_back(self, module: Any) -> None:
-        """Gives the module its class and parameters back; the bias may have been trained."""
-        for name in (*CODES, "_like"):
-            module._buffers.pop(name, None)
-            module._non_persistent_buffers_set.discard(name)
-        for name in set(vars(module)) - self.attributes:
-            del vars(module)[name]
-        assign(module, self.cls)
-        module._parameters.clear()
-        module._parameters.update(self.parameters)
-
-
-def adopt(module: Any, q: QTensor, activations: str = "float", **scales: Tensor | None) -> Original:
-    """Makes a Linear (or Conv1D) a QuantLinear in place: hooks, owners and paths stay.
-
-    scales: what `fill` takes beside the codes. Returns the way back.
-    """
-    before = Original(module)
-    weight = module._parameters["weight"]
-    transposed = not isinstance(module, nn.Linear)
-    del module._parameters["weight"]
-    try:
-        fill(module, q, activations, **scales, like=weight, transposed=transposed)
-        module.out_features, module.in_features = q.shape
-        assign(module, QuantLinear)
-    except BaseException:
-        before.put_back(module)
-        raise
-    return before

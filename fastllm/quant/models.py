@@ -8,9 +8,10 @@ from torch import nn
 from fastllm.core.run import Call, as_calls
 from fastllm.quant import calibrate as data
 from fastllm.quant import select
+from fastllm.quant.adopt import Original, adopt
 from fastllm.quant.config import Config, as_config
 from fastllm.quant.formats import Format
-from fastllm.quant.linear import CODES, FOUND, Original, QuantLinear, adopt
+from fastllm.quant.linear import CODES, FOUND, QuantLinear
 from fastllm.quant.methods import encode
 from fastllm.quant.progress import Progress
 from fastllm.quant.report import Report, Row, nbytes

@@ -16,11 +16,12 @@ from fastllm.ops import quant as ops
 from fastllm.ops.quant import layout
 from fastllm.ops.quant_linear import quant_linear
 from fastllm.quant import select
+from fastllm.quant.adopt import adopt
 from fastllm.quant.calibrate import sqnr
 from fastllm.quant.config import Config, as_config
 from fastllm.quant.formats import Format
 from fastllm.quant.grid import scales_of
-from fastllm.quant.linear import ACTIVATIONS, adopt
+from fastllm.quant.linear import ACTIVATIONS
 from fastllm.quant.qtensor import QTensor, check_finite, nest, unnest
 from fastllm.quant.report import Report, Row, nbytes
 
