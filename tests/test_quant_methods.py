@@ -211,6 +211,14 @@ def test_loaders_and_generators_are_lists_of_batches():
     assert all(torch.equal(found[0], codes) for codes in found)
 
 
+@pytest.mark.parametrize("method, tokens, said", [("gptq", 7, 1), ("gptq", 8, 0), ("awq", 7, 0)])
+def test_too_few_tokens_are_said(method, tokens, said):
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(tokens, 8)
+    report = fastllm.quantize(model, Config("int4", method=method), calibrate=x).report()
+    notes = [note for note in report.notes if "tokens for layers of 8 inputs" in note]
+    assert len(notes) == said and all(note in str(report) for note in notes)
+
+
 def test_calibration_leaves_the_model_alone():
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)).train()
     buffers = [b.clone() for b in model.buffers()]

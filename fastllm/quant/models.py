@@ -114,10 +114,12 @@ def quantize(
     before = nbytes(model)
     plan, rows = _plan(model, include, exclude, config)
     bar = Progress()
+    tokens: dict[int, int] = {}
     try:
         for portion in _portions(plan, calls):
             tick = (lambda share: bar.step(share, "calibrating")) if progress else None
             stats = {} if calls is None else data.collect(model, portion, calls, tick)
+            tokens |= {len(s.gram): s.tokens for s in stats.values()}
             for layer in portion:
                 if progress:
                     bar.step(len(handle.modules) / len(plan), plan[layer].path)
@@ -130,6 +132,7 @@ def quantize(
     handle._report = Report(rows, before, nbytes(model), str(config))
     if calls is not None:
         handle._report.measured = "outputs"
+        handle._report.notes += _too_few(tokens, config)
     small = sum(row.small for row in rows)
     if small:
         handle._report.notes.append(
@@ -137,6 +140,17 @@ def quantize(
             "stayed in float, where they are faster; min_weights=0 quantizes them"
         )
     return handle
+
+
+def _too_few(tokens: dict[int, int], config: Config) -> list[str]:
+    """What to say of layers with more inputs than there were tokens: inputs -> tokens."""
+    width = max(tokens, default=0)
+    if config.method != "gptq" or tokens.get(width, 0) >= width:
+        return []
+    return [
+        f"calibrate had {tokens[width]} tokens for layers of {width} inputs: 'gptq' fits what it "
+        "was shown, so that other text may come out worse than rounded; give it some thousands"
+    ]
 
 
 def _plan(
