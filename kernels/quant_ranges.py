@@ -3,20 +3,8 @@
 import triton
 import triton.language as tl
 from fastllm.kernels.device import on
-from fastllm.kernels.quant import (
-    _LEAST,
-    _MOST,
-    _PACKED,
-    _between,
-    _bits,
-    _codes,
-    _number,
-    _plain,
-    _store_codes,
-    _values,
-    most_of,
-    table_of,
-)
+from fastllm.kernels.quant import _LEAST, _MOST, _PACKED, _plain, _store_codes, most_of
+from fastllm.kernels.quant_codes import _between, _bits, _codes, _number, _values, table_of
 
 
 @triton.jit

@@ -126,6 +126,25 @@ def test_numbers_at_the_thresholds(dtype, level):
 
 
 @levels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quotients_of_numbers_of_16_bits(dtype, level):
+    """All quotients of bfloat16 numbers, a sample of float16's: kernels do without exact ones."""
+    count = 128 if dtype == torch.bfloat16 else 1024
+    ones = 1 + torch.arange(count) / count  # each mantissa
+    tops = ones[torch.randperm(count, generator=torch.Generator().manual_seed(3))[:128]]
+    tops = tops[: 128 * 128 // count].view(-1, 1, 1)
+    sizes = torch.cat([ones * 2.0**-e for e in range(10)])
+    values = torch.cat([sizes, -sizes])
+    values = torch.nn.functional.pad(values, (0, -len(values) % 63)).view(1, -1, 63)
+    values = torch.where(values.abs() <= tops, values, 0.0)
+    x = torch.cat([tops.expand(-1, values.shape[1], 1), values], 2).flatten(1).to(dtype)
+    for form in ((layout.NF4, 64, True), (layout.FP4, 64, True), (layout.INT4, 64, True),
+                 (layout.INT4, 64, False)):  # fmt: skip
+        found, wanted = (ops.quantize(x, *form, backend=b) for b in ("cpu", "torch"))
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@levels
 def test_rounding_is_half_to_even(level):
     """0.5, 1.5, 2.5 ... and their negatives, in units of the scale."""
     halves = torch.arange(-126.5, 127).view(1, -1)

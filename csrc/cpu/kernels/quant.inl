@@ -1,6 +1,7 @@
 // quantize and dequantize: one read, one write, but for scales that more than a cache holds share.
 #include "cpu/kernels/elementwise.inl"
 #include "cpu/kernels/quant_codes.inl"
+#include "cpu/kernels/quant_tables.inl"
 
 // Codes wait here, one a byte, until they are written.
 constexpr i64 kRoom = 4096;

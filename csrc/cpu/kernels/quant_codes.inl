@@ -9,6 +9,12 @@ typedef decltype(load_bytes(nullptr)) Lane32;
 
 #include "cpu/simd/bytes.h"
 
+template <class V, class T>
+INLINE V read_as(const T* p) {
+  V out;
+  __builtin_memcpy(&out, p, sizeof(out));
+  return out;
+}
 INLINE Words words(uint32_t x) { return Words{} + x; }
 INLINE Words bits_of(Vec a) { return (Words)a.v; }
 INLINE Vec as_float(Words a) { return {(Floats)a}; }
@@ -37,9 +43,9 @@ struct alignas(64) Table {
 };
 
 // Each kind: code<Tame>(q, x, zero) are the codes of numbers q = x / scale, signed bytes in the lanes
-// (packed: below 16); Tame: the scale is the group's own and no subnormal number, so that q is hardly past the
-// ends. value(codes, zero) is what codes stand for, one in each lane. kZero is the code of 0, kMost
-// the largest number; kBounded: no code stands for twice as much.
+// (packed: below 16); Tame: the scale is the group's own and no subnormal number, so that q is
+// hardly past the ends. value(codes, zero) is what codes stand for, one in each lane. kZero is the
+// code of 0, kMost the largest number; kBounded: no code stands for a number twice as large.
 struct Int8 {
   static constexpr bool kPacked = false;
   static constexpr uint8_t kZero = 0;
@@ -73,102 +79,11 @@ struct Int4Zero {
   static constexpr bool kBounded = false;
   template <bool Tame>
   INLINE_MEMBER static Words code(Vec q, Vec, Vec zero) {
-    const Vec n = ((Tame ? q : within(q, -15.0f, 15.0f)) + set1(kRound)) - set1(kRound);
-    return bits_of(within(n + zero, 0.0f, 15.0f) + set1(kRound)) & 15u;
+    // rounded first, then moved: the other way round ties would go to another even number
+    const Vec held = at_most(at_least(q, set1(0.0f) - zero), set1(15.0f) - zero);
+    return bits_of(held + set1(kRound)) + (bits_of(zero + set1(kRound)) - 2u * bits_of(kRound));
   }
   INLINE_MEMBER static Vec value(Words codes, Vec zero) { return from_int(codes) - zero; }
-};
-
-// Thresholds, from number `by` on.
-constexpr Table moved(const Table& t, int by) {
-  Table out{};
-  for (int i = 0; i + by < 16; ++i) out.at[i] = t.at[i + by];
-  return out;
-}
-// 15 ascending thresholds; number n + 2^k - 1 at n, for each step of a binary search.
-struct Steps {
-  Table by8, by4, by2, by1;
-  constexpr explicit Steps(const Table& t)
-      : by8(moved(t, 7)), by4(moved(t, 3)), by2(moved(t, 1)), by1(t) {}
-};
-
-// How many of the thresholds lie below q.
-INLINE Words count_below(Vec q, const Steps& steps) {
-  if (W == 4) {
-    Words n = words(0);
-    for (int i = 0; i < 15; ++i) n -= (Words)(set1(steps.by1.at[i]).v < q.v);
-    return n;
-  }
-  Words n = (Words)(set1(steps.by8.at[0]).v < q.v) & 8u;
-  n += (Words)(lookup(steps.by4.at, (Lane32)n).v < q.v) & 4u;
-  n += (Words)(lookup(steps.by2.at, (Lane32)n).v < q.v) & 2u;
-  n += (Words)(lookup(steps.by1.at, (Lane32)n).v < q.v) & 1u;
-  return n;
-}
-
-constexpr Table kNf4Values = {{-1.0f, -0.6961928009986877f, -0.5250730514526367f,
-                               -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
-                               -0.09105003625154495f, 0.0f, 0.07958029955625534f,
-                               0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-                               0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f,
-                               1.0f}};
-// In the order of their codes: a sign bit above eight magnitudes.
-constexpr Table kFp4Values = {{0.0f, float(0.0625 / 12), float(8.0 / 12), 1.0f,
-                               float(4.0 / 12), 0.5f, float(2.0 / 12), 0.25f,
-                               -0.0f, float(-0.0625 / 12), float(-8.0 / 12), -1.0f,
-                               float(-4.0 / 12), -0.5f, float(-2.0 / 12), -0.25f}};
-// The codes of fp4's fifteen numbers by size, as floats: lookup reads nothing else.
-constexpr uint8_t kFp4Order[15] = {11, 10, 13, 12, 15, 14, 9, 0, 1, 6, 7, 4, 5, 2, 3};
-
-constexpr Table nf4_thresholds() {
-  Table out{};
-  for (int i = 0; i < 15; ++i) out.at[i] = (kNf4Values.at[i] + kNf4Values.at[i + 1]) / 2;
-  return out;
-}
-constexpr Table fp4_thresholds() {
-  Table out{};
-  for (int i = 0; i < 14; ++i)
-    out.at[i] = (kFp4Values.at[kFp4Order[i]] + kFp4Values.at[kFp4Order[i + 1]]) / 2;
-  out.at[14] = 2.0f;  // above all numbers
-  return out;
-}
-constexpr Table fp4_codes() {
-  Table out{};
-  for (int i = 0; i < 15; ++i) out.at[i] = float(kFp4Order[i]);
-  return out;
-}
-
-struct Nf4 {
-  static constexpr bool kPacked = true;
-  static constexpr uint8_t kZero = 7;
-  static constexpr Table kThresholds = nf4_thresholds();
-  static constexpr Steps kSteps{kThresholds};
-  static constexpr float kMost = 1.0f;
-  static constexpr bool kBounded = true;
-  template <bool Tame>
-  INLINE_MEMBER static Words code(Vec q, Vec, Vec) {
-    return count_below(q, kSteps);
-  }
-  INLINE_MEMBER static Vec value(Words codes, Vec) {
-    return lookup(kNf4Values.at, (Lane32)codes);
-  }
-};
-struct Fp4 {
-  static constexpr bool kPacked = true;
-  static constexpr uint8_t kZero = 0;
-  static constexpr Table kThresholds = fp4_thresholds(), kCodes = fp4_codes();
-  static constexpr Steps kSteps{kThresholds};
-  static constexpr float kMost = 1.0f;
-  static constexpr bool kBounded = true;
-  template <bool Tame>
-  INLINE_MEMBER static Words code(Vec q, Vec, Vec) {
-    if (!Tame) q = at_most(q, set1(kMost));
-    const Vec code = lookup(kCodes.at, (Lane32)count_below(q, kSteps));
-    return bits_of(code + set1(kRound)) & 15u;
-  }
-  INLINE_MEMBER static Vec value(Words codes, Vec) {
-    return lookup(kFp4Values.at, (Lane32)codes);
-  }
 };
 
 // A float with `Bits` of mantissa and the exponent bias `Bias` in a byte; `Top` is the largest
@@ -182,7 +97,7 @@ struct Fp8 {
   static constexpr uint32_t kLeast = uint32_t(128 - Bias) << 23;  // the smallest normal number
   static constexpr uint32_t kStep = uint32_t(128 - Bias - Bits) << 23;  // the last bit below it
   static constexpr float kMost = float(Top);
-  static constexpr bool kBounded = !Infinite;
+  static constexpr bool kBounded = true;
   template <bool Tame>
   INLINE_MEMBER static Words code(Vec q, Vec x, Vec) {
     Vec size = as_float(bits_of(q) & 0x7fffffffu);
@@ -192,6 +107,18 @@ struct Fp8 {
     const Words steps = bits_of(size + as_float(round)) - round;
     const Words code = steps + ((round >> kDrop) - (((kLeast >> 23) + kDrop) << Bits));
     return code | ((Words)((Ints)bits_of(x) >> 24) & ~0x7fu);
+  }
+  // 2 W codes' values in units of kHalfUnit, where W is 16: the bits of numbers of type f16.
+  static constexpr float kHalfUnit = float(1 << (15 - Bias));
+  INLINE_MEMBER static void two_values(const uint8_t* codes, Vec& a, Vec& b) {
+    typedef int8_t Bytes __attribute__((vector_size(W * 2)));
+    typedef int16_t Shorts __attribute__((vector_size(W * 4)));
+    Shorts half = __builtin_convertvector(read_as<Bytes>(codes), Shorts) << (10 - Bits);
+    if (!Infinite) {
+      half &= int16_t(~0x4000);  // the sign, once more
+      half |= (Shorts)((half & 0x7fff) == 0x3f80) & 0x7e00;  // NaN
+    }
+    halves_as_floats((Lane32)half, a, b);
   }
   INLINE_MEMBER static Vec value(Words codes, Vec) {
     const Words size = codes & 0x7fu;
@@ -229,6 +156,26 @@ INLINE void pack_nibbles(const uint8_t* from, uint8_t* to, i64 n) {
 }
 
 INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+
+// Lanes of a, or of b where their number has bit `Half`: they themselves, and those whose number
+// differs in that bit.
+template <int Half>
+INLINE void halves(Vec a, Vec b, Vec& here, Vec& there) {
+  Ints own, other;
+  for (int i = 0; i < W; ++i) {
+    own[i] = i + (i & Half ? W : 0);
+    other[i] = own[i] ^ Half;
+  }
+#if defined(__clang__)
+  float lanes[2 * W], first[W], second[W];
+  store(lanes, a), store(lanes + W, b);
+  for (int i = 0; i < W; ++i) first[i] = lanes[own[i]], second[i] = lanes[other[i]];
+  here = load(first), there = load(second);
+#else
+  here = {__builtin_shuffle(a.v, b.v, own)};
+  there = {__builtin_shuffle(a.v, b.v, other)};
+#endif
+}
 
 // The lanes of a and b in turn.
 INLINE void zip(Vec a, Vec b, Vec& first, Vec& second) {

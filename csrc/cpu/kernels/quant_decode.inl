@@ -16,10 +16,15 @@ constexpr float kLargest<bf16> = 3.3895313892515355e38f;
 template <>
 constexpr float kLargest<f16> = 65504.0f;
 
+template <class C>
+constexpr bool kInfinite = std::is_same_v<C, E5m2>;
+template <class C>
+constexpr bool kFp8 = std::is_same_v<C, E5m2> || std::is_same_v<C, E4m3>;
+
 template <bool Clamp, class C, class T>
 INLINE Vec decoded(Words codes, Vec scale, Vec zero) {
   const Vec v = C::value(codes, zero) * scale;
-  return Clamp ? within(v, -kLargest<T>, kLargest<T>) : v;
+  return Clamp || kInfinite<C> ? within(v, -kLargest<T>, kLargest<T>) : v;
 }
 
 #if !defined(__clang__)
@@ -31,21 +36,43 @@ INLINE Vec two_as_bf16(Vec a, Vec b, std::integer_sequence<int, I...>) {
   const Halves high = (Halves)(second + 0x7fffu + (second >> 16 & 1u));
   return {(Floats)__builtin_shuffle(low, high, Halves{uint16_t(2 * I + 1)...})};
 }
+INLINE Vec two_as_bf16(Vec a, Vec b) {
+  return two_as_bf16(a, b, std::make_integer_sequence<int, 2 * W>{});
+}
 #endif
+
+// 2 W numbers, none of them NaN with more than its first bits.
+template <class T>
+INLINE void write_two(bool past, T* out, Vec a, Vec b) {
+#if !defined(__clang__)
+  if constexpr (W == 16 && std::is_same_v<T, bf16>)
+    return write(past, (float*)out, two_as_bf16(a, b), All{});
+#endif
+  write(past, out, a, All{});
+  write(past, out + W, b, All{});
+}
 
 template <bool Clamp, class C, class T>
 INLINE void decode_bytes(const uint8_t* codes, T* out, i64 n, float scale, float zero, bool past) {
   const Vec s = set1(scale), z = set1(zero);
   i64 i = 0;
-#if !defined(__clang__)
-  if constexpr (W == 16 && !Clamp && std::is_same_v<T, bf16>)
+  if constexpr (W == 16 && !Clamp && kFp8<C>) {
+    const Vec unit = set1(scale * C::kHalfUnit);
     for (; i + 2 * W <= n; i += 2 * W) {
-      const Vec a = decoded<false, C, T>((Words)load_bytes(codes + i), s, z);
-      const Vec b = decoded<false, C, T>((Words)load_bytes(codes + i + W), s, z);
-      const Vec both = two_as_bf16(a, b, std::make_integer_sequence<int, 2 * W>{});
-      write(past, (float*)(out + i), both, All{});
+      Vec a, b;
+      C::two_values(codes + i, a, b);
+      a = a * unit, b = b * unit;
+      if (kInfinite<C>) {
+        a = within(a, -kLargest<T>, kLargest<T>);
+        b = within(b, -kLargest<T>, kLargest<T>);
+      }
+      write_two(past, out + i, a, b);
     }
-#endif
+  }
+  if constexpr (W == 16 && !Clamp)
+    for (; i + 2 * W <= n; i += 2 * W)
+      write_two(past, out + i, decoded<false, C, T>((Words)load_bytes(codes + i), s, z),
+                decoded<false, C, T>((Words)load_bytes(codes + i + W), s, z));
   for (; i + W <= n; i += W)
     write(past, out + i, decoded<Clamp, C, T>((Words)load_bytes(codes + i), s, z), All{});
   if (i < n) {
@@ -93,12 +120,39 @@ INLINE i64 decode_halves(Vec values, const uint8_t* codes, T* out, i64 n, bool p
   return i;
 }
 
+// Two groups next to each other, of whole vectors each and with values far from the largest one:
+// the first one's 16 are followed by the second one's.
+template <class V>
+INLINE Lane32 two_tables(V a, V b, const bf16*) {
+  return (Lane32)two_as_bf16(a, b).v;
+}
+template <class V>
+INLINE Lane32 two_tables(V a, V b, const f16*) {
+  return (Lane32)two_as_f16(a, b);
+}
+template <class T>
+INLINE void decode_twins(Vec a, Vec b, const uint8_t* codes, T* out, i64 size, bool past) {
+  const Lane32 table = two_tables(a, b, out);
+#pragma GCC unroll 2
+  for (int second = 0; second < 2; ++second)
+    for (const T* end = out + size; out < end; out += 2 * W, codes += W) {
+      const Words both = (Words)load_bytes(codes);
+      const Words index = ((both | both << 12) & 0xf000fu) | second * 0x100010u;
+      write(past, (float*)out, Vec{(Floats)pick_halves(table, (Lane32)index)}, All{});
+    }
+}
+
+INLINE Vec sixteen_numbers() {
+  uint32_t numbers[W];
+  for (int i = 0; i < W; ++i) numbers[i] = uint32_t(i);
+  return Vec{(Floats)read_as<Words>(numbers)};
+}
+
 // Where a register holds 16 values, a group's are made once.
 template <class C, class T>
 INLINE void decode_lookup(const uint8_t* codes, T* out, i64 n, float scale, float zero, bool past) {
-  uint32_t numbers[W];
-  for (int i = 0; i < W; ++i) numbers[i] = uint32_t(i);
-  const Vec values = decoded<true, C, T>(read_as<Words>(numbers), set1(scale), set1(zero));
+  const Vec values =
+      decoded<true, C, T>(bits_of(sixteen_numbers()), set1(scale), set1(zero));
   if (sizeof(T) == 2) {
     const i64 done = decode_halves(values, codes, out, n, past);
     codes += done / 2, out += done, n -= done;
@@ -146,8 +200,26 @@ APART void dequantize_piece(const Dequantize& a, i64 row, i64 from, i64 n, bool 
   const uint8_t* codes = static_cast<const uint8_t*>(a.codes) + row * row_bytes<C>(a.shape.cols) +
                          row_bytes<C>(from);
   T* out = static_cast<T*>(a.output) + row * a.shape.cols + from;
-  i64 at = base + from / size, count = least(n, size - from % size);
-  for (i64 i = 0; i < n; ++at, count = least(n - i, size)) {
+  i64 at = base + from / size, i = 0;
+#if !defined(__clang__)
+  if constexpr (W == 16 && C::kPacked && sizeof(T) == 2)
+    if (from % size == 0 && size % (2 * W) == 0)
+      for (; i + 2 * size <= n; i += 2 * size, codes += size, at += 2) {
+        Vec values[2];
+        bool held = true;
+        for (int k = 0; k < 2; ++k) {
+          const float scale = number_at(a.scales, a.scale_type, at + k);
+          const float zero = kHasZero<C> ? number_at(a.zeros, a.scale_type, at + k) : 0.0f;
+          const float farthest = 2 * C::kMost + __builtin_fabsf(zero);
+          held = held && __builtin_fabsf(scale) * farthest <= kLargest<T>;
+          values[k] = C::value(bits_of(sixteen_numbers()), set1(zero)) * set1(scale);
+        }
+        if (!held) break;
+        decode_twins(values[0], values[1], codes, out + i, size, past && lined_up(out + i));
+      }
+#endif
+  i64 count = least(n - i, size - from % size);
+  for (; i < n; ++at, count = least(n - i, size)) {
     const float zero = kHasZero<C> ? number_at(a.zeros, a.scale_type, at) : 0.0f;
     decode<C>(codes, out + i, count, number_at(a.scales, a.scale_type, at), zero,
               past && lined_up(out + i));

@@ -8,6 +8,27 @@ INLINE Vec ratio(Vec x, Vec scale, Vec inverse) {
   return Plain ? exact_quotient(x, scale, inverse) : Vec{x.v / scale.v};
 }
 
+// Where a product with the inverse decides as the quotient does.
+template <class C, class T>
+constexpr bool kNearDoes =
+    W == 16 && sizeof(T) == 2 && (std::is_same_v<C, Nf4> || std::is_same_v<C, Fp4>);
+
+// Numbers and scales of 16 bits have no quotient below 16 within 2^-14 of half an integer but
+// itself: to the next multiple of 2^-15 is as good as exact.
+template <class C, class T>
+constexpr bool kSnaps =
+    sizeof(T) == 2 && (std::is_same_v<C, Int4> || std::is_same_v<C, Int4Zero>);
+constexpr float kSnap = 384.0f;
+
+// The codes of numbers of type T, whose scale is plain.
+template <class C, class T, bool Power>
+INLINE Words code_of(Vec x, Vec scale, Vec inverse, Vec zero) {
+  if constexpr (kNearDoes<C, T>) return C::kNear.code(x * inverse);
+  if (kSnaps<C, T>)
+    return C::template code<true>(fma(x, inverse, set1(kSnap)) - set1(kSnap), x, zero);
+  return C::template code<true>(ratio<true, Power>(x, scale, inverse), x, zero);
+}
+
 template <class C, bool Plain, bool Power, class T>
 INLINE void encode_values(const T* x, uint8_t* codes, i64 n, const Scale& s) {
   const Vec scale = set1(s.value), inverse = set1(s.inverse), zero = set1(s.zero);
@@ -55,7 +76,7 @@ INLINE i64 encode_chunk(const T* x, uint8_t* codes, i64 groups, i64 size, const 
 #pragma GCC unroll 2
       for (int k = half; k < half + 2; ++k) {
         const Vec v = get(x + k * W, All{});
-        made[k] = C::template code<true>(ratio<true, Power>(v, scale, inverse), v, zero);
+        made[k] = code_of<C, T, Power>(v, scale, inverse, zero);
       }
     }
     const auto lane = [&](int k) INLINE_LAMBDA { return (Lane32)made[k]; };
@@ -67,74 +88,24 @@ INLINE i64 encode_chunk(const T* x, uint8_t* codes, i64 groups, i64 size, const 
   return values;
 }
 
-// nf4 and fp4 of numbers of 16 bits, where a register holds 32 of them: thresholds are such numbers,
-// too, and all compare as integers in the order of their values.
-template <class C, class T>
-constexpr bool kByEdges = false;
-#if !defined(__clang__)
+// Pairs of bf16 numbers, whose codes share a byte: one is the upper half of a lane, the other the
+// lower one.
 template <class C>
-constexpr bool kSearches = std::is_same_v<C, Nf4> || std::is_same_v<C, Fp4>;
-template <class C>
-constexpr bool kByEdges<C, bf16> = kSearches<C> && W == 16;
-template <class C>
-constexpr bool kByEdges<C, f16> = kSearches<C> && W == 16;
-
-typedef int16_t Ordered __attribute__((vector_size(W * 4)));
-
-// The largest numbers of type T whose quotients are not above a group's thresholds, in both halves
-// of each lane; from thresholds 7, 3, 1 and 0 on, as Steps has them.
-template <class C, class T>
-struct Edges {
-  Ordered by8, by4, by2, by1;
-
-  template <int... I>
-  INLINE_MEMBER static Ordered moved(Words all, int by, std::integer_sequence<int, I...>) {
-    return (Ordered)__builtin_shuffle(all, Words{} + uint32_t(by) + Words{uint32_t(I)...});
-  }
-  INLINE_MEMBER Edges(Vec scale, Vec inverse) {
-    const Vec limits = load(C::kThresholds.at);
-    T room[W];
-    store(room, limits * scale);
-    const Vec near = load(room);  // an edge, or the number above one
-    Ints bits = (Ints)bits_of(load(reinterpret_cast<const bf16*>(room))) >> 16;  // as they are
-    bits = (bits ^ (bits >> 31 & 0x7fff)) + (exact_quotient(near, scale, inverse).v > limits.v);
-    const Words all = ((Words)bits & 0xffffu) | (Words)bits << 16;
-    const auto lanes = std::make_integer_sequence<int, W>{};
-    by8 = (Ordered)__builtin_shuffle(all, words(7));
-    by4 = moved(all, 3, lanes), by2 = moved(all, 1, lanes), by1 = (Ordered)all;
-  }
-  INLINE_MEMBER static Ordered at(Ordered table, Ordered index) {
-    return (Ordered)pick_halves((Lane32)table, (Lane32)index);
-  }
-  // Twice the number of thresholds below each.
-  INLINE_MEMBER Ordered count(Ordered x) const {
-    x ^= x >> 15 & 0x7fff;
-    Ordered n = (x > by8) & 16;
-    n += (x > at(by4, n)) & 8;
-    n += (x > at(by2, n)) & 4;
-    n += (x > at(by1, n)) & 2;
-    return n;
-  }
-};
-
-template <class C, class T>
-INLINE i64 encode_by_edges(const T* x, uint8_t* codes, i64 groups, i64 size, const Chunk& c) {
-  uint32_t numbers[W] = {};
-  for (int i = 0; std::is_same_v<C, Fp4> && i < 15; ++i) numbers[i] = kFp4Order[i] * 0x20002u;
-  const Ordered order = read_as<Ordered>(numbers);
-  const uintptr_t ahead = uintptr_t(groups * size) * sizeof(T);
+INLINE i64 encode_pairs(const bf16* x, uint8_t* codes, i64 groups, i64 size, const Chunk& c) {
+  const uintptr_t ahead = uintptr_t(groups * size) * sizeof(bf16);
   for (i64 g = 0; g < groups; ++g) {
-    const Edges<C, T> edges(set1(c.value[g]), set1(c.inverse[g]));
-    for (const T* end = x + size; x < end; x += 2 * W, codes += W) {
+    const Vec scale = set1(c.value[g]), inverse = set1(c.inverse[g]), zero = set1(c.zero[g]);
+    for (const bf16* end = x + size; x < end; x += 2 * W, codes += W) {
       __builtin_prefetch((const void*)(uintptr_t(x) + ahead));
-      Ordered n = edges.count(read_as<Ordered>(x));
-      if (std::is_same_v<C, Fp4>) n = edges.at(order, n);
-      store_bytes(codes, (Lane32)((Words)n >> 1 | (Words)n >> 13));
+      const Words both = read_as<Words>(x);
+      const Words first = code_of<C, bf16, false>(as_float(both << 16), scale, inverse, zero);
+      const Words second =
+          code_of<C, bf16, false>(as_float(both & 0xffff0000u), scale, inverse, zero);
+      store_bytes(codes, (Lane32)(first | second << 4));
     }
   }
   return groups * size;
 }
-#endif
 
 // Collects the codes of a stretch of a row and writes them out.
 template <class C>
@@ -173,8 +144,8 @@ struct Writer {
     flush();
     const bool exact = std::is_same_v<C, E4m3> && power;
     i64 done;
-    if constexpr (kByEdges<C, T>)
-      done = encode_by_edges<C>(x, out, groups, size, c);
+    if constexpr (C::kPacked && std::is_same_v<T, bf16>)
+      done = encode_pairs<C>(x, out, groups, size, c);
     else
       done = exact ? encode_chunk<C, true>(x, out, groups, size, c)
                    : encode_chunk<C, false>(x, out, groups, size, c);

@@ -1,13 +1,35 @@
 // Values rounded to what a format holds, with no codes in memory: quantize and dequantize at once.
 
-template <class C, bool Plain, bool Power, class T>
-INLINE void fake_values(const T* x, T* out, i64 n, const Scale& s, bool past) {
+// The upper halves, half to even, of lanes that hold no NaN.
+INLINE Words upper_half(Vec a) {
+  const Words bits = bits_of(a);
+  return bits + 0x7fffu + (bits >> 16 & 1u);
+}
+
+// With a plain scale, which for all but f16 is far from the largest numbers. Values `ahead` are
+// next.
+template <class C, bool Power, class T>
+INLINE void fake_values(const T* x, T* out, i64 n, const Scale& s, bool past, i64 ahead) {
   const Vec scale = set1(s.value), inverse = set1(s.inverse), zero = set1(s.zero);
-  each(n, [&](auto lanes, i64 i) INLINE_LAMBDA {
-    const Vec v = get(x + i, lanes);
-    const Words code = C::template code<Plain>(ratio<Plain, Power>(v, scale, inverse), v, zero);
-    write(past, out + i, decoded<true, C, T>(code, scale, zero), lanes);
-  });
+  const auto value = [&](Vec v) INLINE_LAMBDA {
+    const Words code = code_of<C, T, Power>(v, scale, inverse, zero);
+    return decoded<std::is_same_v<T, f16> || Power, C, T>(code, scale, zero);
+  };
+  const uintptr_t next = uintptr_t(x + ahead);
+  i64 i = 0;
+  if constexpr (std::is_same_v<T, bf16>)  // two to a lane
+    for (; i + 2 * W <= n; i += 2 * W) {
+      __builtin_prefetch((const void*)(next + i * sizeof(T)));
+      const Words both = read_as<Words>(x + i);
+      const Words low = upper_half(value(as_float(both << 16)));
+      const Words high = upper_half(value(as_float(both & 0xffff0000u)));
+      write(past, (float*)(out + i), as_float(pick(words(0xffffu), low >> 16, high)), All{});
+    }
+  for (; i + W <= n; i += W) {
+    __builtin_prefetch((const void*)(next + i * sizeof(T)));
+    write(past, out + i, value(load(x + i)), All{});
+  }
+  if (i < n) put<false>(out + i, value(load(x + i, int(n - i))), First{int(n - i)});
 }
 // With a scale that is not the group's own. What is no number stays none.
 template <class C, class T>
@@ -43,21 +65,21 @@ struct Faker {
   INLINE_MEMBER Faker(const Quantize& a, i64 row, i64 from)
       : out(static_cast<T*>(a.codes) + row * a.shape.cols + from),
         past(a.shape.rows * a.shape.cols * i64(sizeof(T)) >= kPastCaches) {}
-  INLINE_MEMBER void add(const T* x, i64 n, const Scale& s, bool power) {
+  INLINE_MEMBER void add(const T* x, i64 n, const Scale& s, bool power, i64 ahead = 0) {
     const bool stream = past && lined_up(out);
     if (s.inverse == 0.0f)
       fake_constant<C>(x, out, n, s, true);
     else if (std::is_same_v<C, E4m3> && power)
-      fake_values<C, true, true>(x, out, n, s, stream);
+      fake_values<C, true>(x, out, n, s, stream, ahead);
     else if (s.plain)
-      fake_values<C, true, false>(x, out, n, s, stream);
+      fake_values<C, false>(x, out, n, s, stream, ahead);
     else
       fake_apart<C>(x, out, n, s, stream);
     out += n;
   }
   INLINE_MEMBER void add_chunk(const T* x, i64 groups, i64 size, const Chunk& c, bool power) {
     for (i64 g = 0; g < groups; ++g, x += size)
-      add(x, size, Scale{c.value[g], c.inverse[g], c.zero[g], true}, power);
+      add(x, size, Scale{c.value[g], c.inverse[g], c.zero[g], true}, power, groups * size);
   }
   INLINE_MEMBER void close(const Scale&) {
     if (past) stream_fence();

@@ -25,12 +25,6 @@ struct alignas(64) Chunk {
 };
 // Groups of which as many fill whole vectors: their loops have no rest.
 INLINE bool fills_vectors(i64 size) { return size % (2 * W) == 0; }
-template <class V, class T>
-INLINE V read_as(const T* p) {
-  V out;
-  __builtin_memcpy(&out, p, sizeof(out));
-  return out;
-}
 
 // Bits, as floats, of the numbers, not negative ones, that a lane holds: the larger of two of 16
 // bits, or one of 32.
@@ -97,16 +91,16 @@ INLINE Extent extent(const T* x, i64 n) {
   return a.close();
 }
 
-// W vectors to one: lane i is the largest of vector i's. Neighbours in the end are halves apart in
-// the beginning.
+// W vectors to one: lane i is the largest of vector i's. Lanes with bit `Half` of their number go
+// on with the second of two vectors, the others with the first one.
 template <class P, int Half>
 INLINE void reduce_lanes(Vec (&v)[W]) {
 #pragma GCC unroll 8
   for (int i = 0; i < Half; ++i) {
-    Vec first, second;
-    zip(v[i], v[i + Half], first, second);
+    Vec here, there;
+    halves<Half>(v[i], v[i + Half], here, there);
     using Lanes = typename P::Lanes;
-    v[i] = Vec{(Floats)P::larger_of((Lanes)first.v, (Lanes)second.v)};
+    v[i] = Vec{(Floats)P::larger_of((Lanes)here.v, (Lanes)there.v)};
   }
   if constexpr (Half > 1) reduce_lanes<P, Half / 2>(v);
 }
@@ -192,6 +186,13 @@ INLINE Scale make_scale(const Quantize& a, const Extent& e, i64 at) {
   return finish(value, finite);
 }
 
+// a / Divisor, as division rounds it where nothing underflows.
+template <int Divisor>
+INLINE Vec quotient(Vec a) {
+  if (Divisor == 1) return a;
+  return exact_quotient(a, set1(float(Divisor)), set1(1.0f / Divisor));
+}
+
 // The scales of n groups, as make_scale has them; false, with nothing written, if one of them is
 // not plain.
 template <class C>
@@ -212,17 +213,17 @@ INLINE bool make_scales(const Quantize& a, Chunk& c, i64 n, i64 at) {
     } else {
       if (kHasZero<C>)
         value = rounded((const bf16*)nullptr,
-                        as_float(high) / set1(15.0f) + as_float(low) / set1(15.0f));
+                        quotient<15>(as_float(high)) + quotient<15>(as_float(low)));
       else if (kTwoSided<C>)
         value = rounded((const bf16*)nullptr,
                         set1(0.125f) *
                             as_float(pick((Words)(high >= low), high | 0x80000000u, low)));
       else
-        value = as_float(high) / set1(C::kMost);
+        value = quotient<int(C::kMost)>(as_float(high));
       inverse = set1(1.0f) / value;
       odd |= (Words)((bits_of(value) & 0x7fffffffu) - (27u << 23) >= (200u << 23));
       if (kHasZero<C>) {
-        const Vec ratio = at_most(as_float(low) / value, set1(15.0f));
+        const Vec ratio = at_most(exact_quotient(as_float(low), value, inverse), set1(15.0f));
         none = (ratio + set1(kRound)) - set1(kRound);
       }
     }

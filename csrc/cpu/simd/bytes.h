@@ -56,3 +56,34 @@ template <class L>
 INLINE L pick_halves(L table, L index) {
   return _mm512_permutexvar_epi16(index, table);
 }
+
+// 2 W halves of 16 bits as floats; only where W is 16.
+template <class L, class V>
+INLINE void halves_as_floats(L both, V& low, V& high) {
+  low.v = _mm512_cvtph_ps(_mm512_castsi512_si256(both));
+  high.v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
+}
+// a and b as 2 W numbers of type f16, in their order.
+template <class V>
+INLINE auto two_as_f16(V a, V b) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(to_f16(a)), to_f16(b), 1);
+}
+
+// For a search in tables of 32 words, which two registers hold; only where W is 16. The integer
+// below a * by + from, in the low bits, for a `from` past 1.5 * 2^23.
+template <class V>
+INLINE Words floored(V a, float by, float from) {
+  constexpr int kDown = 9;  // to -infinity, without exceptions
+  return (Words)_mm512_fmadd_round_ps(a.v, V(set1(by)).v, V(set1(from)).v, kDown);
+}
+// Entry i for the five low bits i of each lane.
+template <class L>
+INLINE L lookup_32(const L (&table)[2], L index) {
+  return _mm512_permutex2var_epi32(table[0], index, table[1]);
+}
+// x, shifted down by four bits where a is above a limit.
+template <class L, class V>
+INLINE L shifted_above(L x, V a, L limit) {
+  const auto above = _mm512_cmp_ps_mask(a.v, (decltype(a.v))limit, 30);  // greater, ordered, quiet
+  return _mm512_mask_srli_epi32(x, above, x, 4);
+}

@@ -23,8 +23,8 @@ _BLOCK = 1 << 24  # values of the weight that backward holds at a time
 
 def quant_linear(input: Tensor, *rest: Any) -> Tensor:
     terms = Terms(*rest)
-    if terms.outlier_threshold:
-        return split(quant_linear, input, terms)
+    if terms.outlier_threshold and (made := split(quant_linear, input, terms)) is not None:
+        return made
     k, n = input.shape[-1], terms.codes.shape[0]
     out = empty((*input.shape[:-1], n), input.dtype)
     if k == 0:

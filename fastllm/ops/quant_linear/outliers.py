@@ -3,6 +3,7 @@
 Which columns those are is known in the call only: dispatcher ops hide it from torch.compile.
 """
 
+import ctypes
 import functools
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from fastllm.ops.quant import layout
 from fastllm.ops.quant_linear.spec import Terms
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_NONE = torch.empty(0, dtype=torch.long)
 _BLOCK = 1 << 24  # values of the weight that are floats at a time
 
 
@@ -26,15 +28,18 @@ def loud(x: Tensor, threshold: float) -> Tensor:
     return ~(x.abs().amax(0).float() <= threshold)
 
 
-def split(product: Callable[..., Tensor], input: Tensor, terms: Terms) -> Tensor:
-    """product(input, *terms) with the loud columns in float, summed and rounded once."""
-    quiet = terms._replace(outlier_threshold=0.0)
+def split(product: Callable[..., Tensor], input: Tensor, terms: Terms) -> Tensor | None:
+    """product(input, *terms) with the loud columns in float, summed and rounded once.
+
+    None where no column is loud: a token at a time that is the common case, and in a hurry.
+    """
     if not input.numel():
-        return product(input, *quiet)
-    x = input.reshape(-1, input.shape[-1])
+        return None
+    x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     places = _places(x, terms.outlier_threshold)
     if not len(places):
-        return product(input, *quiet)
+        return None
+    quiet = terms._replace(outlier_threshold=0.0)
     bias = None if terms.bias is None else terms.bias.float()
     rest = x.to(torch.float32, copy=True).index_fill_(1, places, 0.0)
     y = product(rest, *quiet._replace(bias=bias, activation=None))
@@ -50,11 +55,13 @@ def _places(x: Tensor, threshold: float) -> Tensor:
         return loud(x, threshold).nonzero().flatten()
     rows, k = x.shape
     found = torch.empty(1 + k, dtype=torch.long)
+    start = found.data_ptr()
     _C.qgemm_loud(
         x.data_ptr(), x.element_size(), rows, k, x.stride(0), _limit(threshold, x.dtype),
-        found.data_ptr(), torch.get_num_threads(),
+        start, torch.get_num_threads(),
     )  # fmt: skip
-    return found.narrow(0, 1, int(found[0]))
+    count = ctypes.c_int64.from_address(start).value  # no tensor for one number
+    return found.narrow(0, 1, count) if count else _NONE
 
 
 @functools.lru_cache(maxsize=64)

@@ -29,8 +29,8 @@ def _table(code: int, device: torch.device) -> Tensor | None:
 
 def quant_linear(input: Tensor, *rest: Any) -> Tensor:
     terms = Terms(*rest)
-    if terms.outlier_threshold:
-        return split(quant_linear, input, terms)
+    if terms.outlier_threshold and (made := split(quant_linear, input, terms)) is not None:
+        return made
     codes, scales, zeros, code, group = terms.weight
     k, n = input.shape[-1], codes.shape[0]
     shape = (*input.shape[:-1], n)
