@@ -28,6 +28,12 @@
 
 #include "cpu/kernels/qgemm_thin.inl"
 
+#if defined(FASTLLM_TILES)
+#include "cpu/kernels/qgemm_few_tiles.inl"
+
+#include "cpu/kernels/qgemm_few.inl"
+#endif
+
 #include "cpu/kernels/qgemm_loud.inl"
 
 void multiply(const Product& p) {
@@ -38,6 +44,9 @@ void multiply(const Product& p) {
   const int threads = worth < p.threads ? int(worth) : p.threads;
   with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+#if defined(FASTLLM_TILES)
+    if (few_pays<T>(p) && few<T>(p, threads)) return;
+#endif
     if (p.m <= kThinTokens)
       thin<T>(p, threads);
     else
