@@ -101,6 +101,14 @@ struct Dealt {
   const float* held;    // [M][stretches][16]: the sum over each group of a stretch
   const float* scales;  // [M]
   i64 blocks;           // of a token
+  // Those behind the first m, where values are floats.
+  INLINE_MEMBER Dealt behind_floats(i64 m) const {
+    Dealt rest = *this;
+    rest.values = (const float*)values + m * blocks * kDealt;
+    rest.held = held + m * ceil_div(blocks, 4) * W;
+    rest.scales = scales + m;
+    return rest;
+  }
 };
 
 // Bytes (unsigned a, b) times the 128 of each digit: D = 4 in two halves, so that int32 holds them.

@@ -310,10 +310,24 @@ APART void thin(const Product& p, int threads) {
   parallel_for(ceil_div(p.w.n, kThinRows), threads, [&](i64 task) {
     const i64 from = task * kThinRows, count = least(kThinRows, p.w.n - from);
     alignas(64) float out[kThinTokens * kThinRows] = {};
-    if (p.m == 1) thin_rows<1, T>(p, tokens, from, count, out);
-    if (p.m == 2) thin_rows<2, T>(p, tokens, from, count, out);
-    if (p.m == 3) thin_rows<3, T>(p, tokens, from, count, out);
-    if (p.m == 4) thin_rows<4, T>(p, tokens, from, count, out);
+    const auto rows = [&](i64 m, const Thin& x, float* sums) {
+      if (m == 1) thin_rows<1, T>(p, x, from, count, sums);
+      if (m == 2) thin_rows<2, T>(p, x, from, count, sums);
+      if (m == 3) thin_rows<3, T>(p, x, from, count, sums);
+      if (m == 4) thin_rows<4, T>(p, x, from, count, sums);
+    };
+#if defined(FASTLLM_BYTE_DOTS)
+    if (p.m > 2 && tokens.dealt.values && !tokens.dealt.sums) {  // floats of two stay in L1
+      rows(2, tokens, out);
+      Thin others = tokens;
+      others.dealt = tokens.dealt.behind_floats(2);
+      rows(p.m - 2, others, out + 2 * kThinRows);
+    } else {
+      rows(p.m, tokens, out);
+    }
+#else
+    rows(p.m, tokens, out);
+#endif
     finish_thin<T>(p, out, from, count);
   });
 }
