@@ -101,14 +101,6 @@ struct Dealt {
   const float* held;    // [M][stretches][16]: the sum over each group of a stretch
   const float* scales;  // [M]
   i64 blocks;           // of a token
-  // Those behind the first m, where values are floats.
-  INLINE_MEMBER Dealt behind_floats(i64 m) const {
-    Dealt rest = *this;
-    rest.values = (const float*)values + m * blocks * kDealt;
-    rest.held = held + m * ceil_div(blocks, 4) * W;
-    rest.scales = scales + m;
-    return rest;
-  }
 };
 
 // Bytes (unsigned a, b) times the 128 of each digit: D = 4 in two halves, so that int32 holds them.
@@ -179,9 +171,10 @@ struct NibblesByFloats {
   }
 };
 
-// out [M] = a row of the weight times M tokens.
+// out [M] = stretches [begin, end) of a row of the weight times those of M tokens.
 template <int M, class Dot>
-INLINE void thin_nibbles(const Weight& w, const Dot& dot, i64 row, const Dealt& x, float* out) {
+INLINE void thin_nibbles(const Weight& w, const Dot& dot, i64 row, const Dealt& x, i64 begin,
+                         i64 end, float* out) {
   const Lanes& lanes = *x.lanes;
   const uint8_t* p = w.codes + row * w.row;
   const i64 bytes = (w.k + 1) / 2, first = scale_index(w, row, 0);
@@ -189,7 +182,7 @@ INLINE void thin_nibbles(const Weight& w, const Dot& dot, i64 row, const Dealt& 
   Vec total[M], apart[M];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) total[m] = apart[m] = zero();
-  for (i64 s = 0; s < stretches; ++s) {
+  for (i64 s = begin; s < end; ++s) {
     const Vec scales = lanes.of(w.scales, w.scale_type, first, s);
     if (w.zeros) {
       const Vec worth = (set1(8.0f) - lanes.of(w.zeros, w.scale_type, first, s)) * scales;

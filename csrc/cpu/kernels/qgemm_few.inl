@@ -263,7 +263,7 @@ INLINE bool few_pays(const Product& p) {
   if (p.w.kind == kInt8) return !p.w.group && p.activations == kFloat && p.m > 2;
   if (!dealable(p.w)) return false;
   if (p.w.kind == kInt4) return p.m > (p.activations != kFloat || kPairs ? 4 : 3);
-  return !kWide && p.m > kThinTokens;
+  return !kWide && p.m > (kPairs ? 3 : 4);
 }
 
 // Takes a product this way, unless its tokens have numbers that this way does not hold.
