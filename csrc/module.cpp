@@ -64,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
   fastllm::init_isa();
   fastllm::def_ordinary(m);
   fastllm::def_fast_calls(m);
+  fastllm::def_fast_quant(m);
   fastllm::def_head(m);
   m.attr("sources") = TEXT(FASTLLM_SOURCES);  // "norm:hash,...": what the kernels were built from
 

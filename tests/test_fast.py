@@ -9,12 +9,14 @@ import torch
 
 import fastllm
 from fastllm.core.op import OPS
+from fastllm.quant import quantize
 
 CALLS = {name: b.fast for name, op in OPS.items() for b in op.implementations if b.fast is not None}
 NORMS = ["rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"]
 UNARY = {"silu": (), "gelu": ("tanh",), "relu2": (), "softmax": (-2,), "log_softmax": (1,)}
 GATED = {"swiglu": (), "geglu": ("none",)}
 READS = ["embedding"]
+CODES = ["quant_linear"]
 each_fast = pytest.mark.parametrize("name", CALLS)
 
 
@@ -23,6 +25,10 @@ def arguments(name, rows=3, cols=40, dtype=torch.float32):
     if name in READS:  # large reads are left to the backend
         places = torch.randint(0, 50, (min(rows, 1000), 1))
         return (torch.randn(50, cols, dtype=dtype), places, 3, False)
+    if name in CODES:
+        q = quantize(torch.randn(50, cols), "int4_asym_g32")
+        bias = torch.randn(50, dtype=dtype)
+        return (x, q.codes, q.scales, q.zeros, bias, None, q.format.code, 32, 0, "gelu", 0.0)
     if name in UNARY:
         return (x, *UNARY[name])
     if name in GATED:
@@ -38,13 +44,15 @@ def outputs(value):
 
 
 def test_who_has_fast_calls():
-    assert sorted(CALLS) == sorted([*NORMS, *UNARY, *GATED, *READS])
+    assert sorted(CALLS) == sorted([*NORMS, *UNARY, *GATED, *READS, *CODES])
 
 
 @each_fast
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [0, 1, 3, 4096], ids=str)
 def test_agrees_with_the_backend(name, dtype, rows):
+    if name in CODES:  # no rows and large results are left to the backend
+        rows = min(max(rows, 1), 1000)
     args = arguments(name, rows=rows, cols=257, dtype=dtype)
     fast = outputs(CALLS[name](*args))
     slow = outputs(OPS[name].backends["cpu"].forward(*args))
@@ -76,6 +84,16 @@ def declined(name):
         yield "vector", (x[0], *args[1:])
         yield "much", (x, torch.zeros(20_000, dtype=torch.int64), *args[2:])
         yield "dims", (x, torch.zeros((1,) * 9, dtype=torch.int64), *args[2:])
+    if name in CODES:
+        for at, bad in (
+            (1, args[1][:, 1:].contiguous()), (1, args[1][0]), (1, args[1].int()),
+            (2, args[2][1:]), (2, args[2].t().contiguous().t()), (2, args[2].long()),
+            (3, args[3][1:]), (3, args[3].double()), (4, args[4][1:]), (4, args[4].half()),
+            (6, 7), (6, 0), (7, 16), (7, "rows"), (8, 2), (9, "cos"), (9, 1), (10, 6.0),
+        ):  # fmt: skip
+            yield f"argument {at}", (*args[:at], bad, *args[at + 1 :])
+        yield "much", (x.new_zeros(20_000, x.shape[1]), *args[1:])
+        yield "nothing", (x[:0], *args[1:])
     if name in ("softmax", "log_softmax"):
         for dim in (2, -3, 1.0, None, 1 << 70):
             yield f"dim {dim}", (x, dim)

@@ -1,13 +1,17 @@
 """fake_quantize: dequantize(quantize(x)) bit for bit, with gradients by agreement."""
 
+import itertools
+
 import pytest
 import torch
 
+from fastllm import _C
 from fastllm.core.op import OPS
 from fastllm.ops import quant as ops
-from fastllm.ops.quant.cases import fake_cases
+from fastllm.ops.quant.cases import FORMATS, fake_cases, learnable
 from fastllm.quant import dequantize, fake_quantize, quantize
 
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 QUICK = [case for case in fake_cases() if "bench" not in case.tags]
 
 
@@ -55,6 +59,53 @@ def test_gradients_of_given_ranges(group, backend):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def levels():
+    """The instruction set levels, one after the other."""
+
+    def each():
+        for name in _C.isa_levels():
+            _C.set_isa(name)
+            yield name
+            assert _C.isa() == name
+
+    before = _C.isa()
+    yield each()
+    _C.set_isa(before)
+
+
+@pytest.mark.parametrize("form", [f for f in FORMATS if learnable(f)], ids=str)
+def test_codes_in_given_ranges(form, levels):
+    """Those of plain torch, bit for bit, and what they stand for is what fake_quantize says."""
+    code, group, _ = form
+    wide = torch.randn(131, 323) * 3
+    for _, dtype in zip(levels, itertools.cycle((FP32, BF16, FP16)), strict=False):
+        x = wide.to(dtype)
+        scales = ops.quantize(x, code, group)[1] * 0.7
+        codes, stored = ops.encode(x, scales, code, group, backend="cpu")
+        wanted = ops.encode(x, scales, code, group, backend="torch")
+        assert torch.equal(codes.view(torch.uint8), wanted[0].view(torch.uint8))
+        assert torch.equal(stored, scales) and torch.equal(wanted[1], scales)
+        values = ops.dequantize(codes, stored, stored[:0], code, group, 323, dtype)
+        assert torch.equal(values, ops.fake_quantize(x, code, group, True, scales))
+
+
+@pytest.mark.parametrize("group", [0, -1, 32, -16])
+def test_ranges_of_what_is_no_number_become_nan(group, levels):
+    wide = torch.randn(40, 9000)
+    scales = ops.quantize(wide, 0, group)[1]
+    for (_, bad), dtype in zip(
+        zip(levels, itertools.cycle(("nan", "-inf", "inf")), strict=False),
+        itertools.cycle((FP16, FP32, BF16)),
+        strict=False,
+    ):
+        x = wide.to(dtype)
+        x[33, 8500] = float(bad)
+        found = ops.encode(x, scales, 0, group)[1]
+        assert found.isnan().sum() == 1
+        assert same(found, ops.encode(x, scales, 0, group, backend="torch")[1])
+
+
 @pytest.mark.parametrize("level", ["scale", "negative"])
 def test_scales_of_zero_and_below(level):
     x, upstream = torch.randn(3, 40, requires_grad=True), torch.randn(3, 40)
@@ -78,6 +129,8 @@ def test_scales_of_zero_and_below(level):
         (lambda x, s: fake_quantize(x, "int8", s[:2]), r"scales: expected shape \[4, 1\]"),
         (lambda x, s: fake_quantize(x, "int8", s.int()), "scales: expected a floating"),
         (lambda x, s: fake_quantize(x.int(), "int8"), "tensor: expected a floating"),
+        (lambda x, s: ops.encode(x, s, 6, 32), "scales: expected None for mxfp8"),
+        (lambda x, s: ops.encode(x, s[:2], 0, 0), r"scales: expected shape \[4, 1\]"),
         (lambda x, s: fake_quantize(x, "int9"), "format"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastllm.ops.quant import layout
-from fastllm.quant import read_awq, read_bitsandbytes, read_gptq
+from fastllm.quant import QuantLinear, quantize, read_awq, read_bitsandbytes, read_gptq
 
 
 def fourbit(kind, nested, shape=(6, 128), block=64, dtype="bfloat16"):
@@ -77,6 +77,23 @@ def integers(k=64, n=16, size=32):
     return q, z, s, exact
 
 
+def runs_saves_and_loads(q, exact):
+    """As a layer, whose scales of 16 bits are not those that this library would make."""
+    bias, x = torch.randn(q.shape[0], dtype=q.dtype), torch.randn(5, q.shape[1])
+    layer = QuantLinear.from_qtensor(q, bias)
+    assert layer.codes is q.codes and layer.bias.dtype == q.dtype
+    wanted = torch.nn.functional.linear(x, exact, bias.float())
+    made = layer.float()(x)
+    torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-3)
+    fresh = QuantLinear(layer.in_features, layer.out_features, format=str(q.format))
+    fresh.load_state_dict(layer.state_dict())
+    assert fresh.format == q.format and torch.equal(fresh(x), made)
+    weight = torch.randn(layer.weight.shape)
+    layer.set_weight(weight)  # from here on the scales are its own
+    fresh.load_state_dict({"weight": weight, "bias": layer.bias})
+    assert torch.equal(layer(x), fresh(x)) and str(layer.format) == str(q.format)
+
+
 @pytest.mark.parametrize("v2", [False, True])
 def test_gptq(v2):
     q, z, s, exact = integers()
@@ -102,6 +119,7 @@ def test_gptq(v2):
     found = read_gptq(state, "up.", v2=v2)
     assert found.shape == (n, k) and found.dtype == torch.float16
     torch.testing.assert_close(found.dequantize(torch.float32), exact, rtol=1e-6, atol=1e-6)
+    runs_saves_and_loads(found, exact)
     state["up.g_idx"] = state["up.g_idx"].flip(0)
     with pytest.raises(ValueError, match=r"up\.g_idx: expected groups of 32 neighbours"):
         read_gptq(state, "up.", v2=v2)
@@ -142,6 +160,13 @@ def test_what_is_wrong_is_named():
     with pytest.raises(KeyError, match="qweight"):
         read_gptq({}, "up.")
     words = {"qweight": torch.rand(2, 8), "qzeros": torch.rand(1, 1), "scales": torch.rand(1, 8)}
+    for wrong, message in (
+        ((torch.rand(2, 2),), "q: expected a QTensor, found Tensor"),
+        ((quantize(torch.rand(8)),), "q: expected a matrix"),
+        ((quantize(torch.rand(4, 8)), torch.rand(8)), r"bias: expected \[4\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            QuantLinear.from_qtensor(*wrong)
     for read in (read_gptq, read_awq):
         with pytest.raises(ValueError, match="qweight: expected an int32 matrix"):
             read(words)

@@ -1,5 +1,7 @@
 """HQQ, GPTQ, AWQ, SmoothQuant, static scales: better than rounding to the nearest."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -195,6 +197,26 @@ def test_portions_give_the_same_as_all_at_once(monkeypatch):
         found.append((twin[0].codes, sqnr(model(x), twin(x))))
     assert torch.equal(found[0][0], found[1][0])
     assert found[1][1] > 15
+
+
+def test_loaders_and_generators_are_lists_of_batches():
+    layer, x = nn.Linear(8, 8), torch.randn(20, 8)
+    batches = list(x.split(5))
+    pairs = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=5)
+    found = []
+    for given in (batches, iter(batches), torch.utils.data.DataLoader(x, batch_size=5), pairs):
+        model = nn.Sequential(copy.deepcopy(layer))
+        fastllm.quantize(model, Config("int4", method="gptq"), calibrate=given)
+        found.append(model[0].codes)
+    assert all(torch.equal(found[0], codes) for codes in found)
+
+
+@pytest.mark.parametrize("method, tokens, said", [("gptq", 7, 1), ("gptq", 8, 0), ("awq", 7, 0)])
+def test_too_few_tokens_are_said(method, tokens, said):
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(tokens, 8)
+    report = fastllm.quantize(model, Config("int4", method=method), calibrate=x).report()
+    notes = [note for note in report.notes if "tokens for layers of 8 inputs" in note]
+    assert len(notes) == said and all(note in str(report) for note in notes)
 
 
 def test_calibration_leaves_the_model_alone():

@@ -64,6 +64,32 @@ def test_state_dict_into_a_freshly_quantized_model(name, x, tmp_path):
     assert torch.equal(source(x), third(x))
 
 
+@pytest.mark.parametrize("how", ["empty", "assign", "float", "new"])
+@pytest.mark.parametrize("name", ["int8", "int4_asym_g32", "nf4_double", "fp8"])
+def test_models_without_memory_take_a_state_dict(name, how, x):
+    """As large models are loaded: made on the meta device, filled or assigned to."""
+    source, target = Net(), Net()
+    state = source.state_dict()
+    fastllm.quantize(source, name)
+    if how == "new":
+        options = {"format": name, "device": "meta"} | (
+            {"format": "int8", "activations": "int8"} if name == "int8" else {}
+        )
+        target.up, target.down = QuantLinear(48, 144, **options), QuantLinear(144, 48, **options)
+    else:
+        fastllm.quantize(target, name)
+    target.to("meta")
+    if how == "empty":
+        target.to_empty(device="cpu")
+        for buffer in target.buffers():
+            buffer.view(torch.uint8).fill_(0xA5)  # what memory happened to hold
+    wanted = state if how == "float" else source.state_dict()
+    target.load_state_dict(wanted, assign=how != "empty")
+    assert target.up.weight.device.type == "cpu"
+    assert torch.equal(target(x), source(x))
+    target.to(torch.bfloat16)(x.bfloat16())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_loads_a_float_state_dict(name, x):
     source, target = Net(), Net()

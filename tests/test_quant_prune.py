@@ -142,13 +142,18 @@ def test_widths_that_have_no_pattern_are_left():
         (lambda m: prune(m, method="best"), "method: expected"),
         (lambda m: prune(m, method="wanda"), "calibrate: expected batches for 'wanda'"),
         (lambda m: prune(m, pattern=(4, 2)), "pattern: expected"),
+        (lambda m: prune(m, pattern="2:4"), r"pattern: expected .*, found '2:4'"),
+        (lambda m: prune(m, pattern=2), "pattern: expected .*, found 2"),
+        (lambda m: prune(m, "half"), "amount: expected a number, found str"),
+        (lambda m: prune(0.5), "model: expected a torch.nn.Module, found float"),
+        (lambda m: prune_heads(None, 0.5), "model: expected a torch.nn.Module, found NoneType"),
         (lambda m: prune_channels(m, -0.1), "amount: expected"),
         (lambda m: prune_channels(nn.Sequential(nn.Linear(3, 3)), 0.5), "model: expected blocks"),
         (lambda m: prune_heads(m, 0.5), "model: expected blocks"),
     ],
 )
 def test_errors_name_the_argument(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(net())
 
 
@@ -224,13 +229,60 @@ def test_bert_shrinks_both_ways_and_trains():
     assert all(p.grad is not None for n, p in model.encoder.named_parameters())
 
 
-def test_gpt2_and_torchs_own_blocks_lose_channels():
+FAMILIES = {  # a model, its last projections of feed-forward blocks and of attention
+    "GPT2": (
+        {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4},
+        "c_proj", "c_proj", "n_inner",
+    ),
+    "DistilBert": (
+        {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 128, "max_position_embeddings": 32},
+        "lin2", "out_lin", None,
+    ),
+    "Phi3": (
+        {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "intermediate_size": 128, "pad_token_id": 0,
+        },
+        "down_proj", None, "intermediate_size",
+    ),
+    "T5Encoder": (
+        {"d_model": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4, "d_ff": 128},
+        "wo", None, "d_ff",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_projections_of_other_names_and_fused_ones(family):
+    """Again the larger model with zeros in the same places."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
-    model, ids = transformers.GPT2LMHeadModel(config).eval(), torch.arange(12).view(1, 12)
-    rows = prune_channels(model, 0.5)
-    assert [row.after for row in rows] == [64, 64]
-    assert torch.isfinite(model(ids).logits).all()
+    options, down, out, width = FAMILIES[family]
+    config = getattr(transformers, family.removesuffix("Encoder") + "Config")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}Model")(config(vocab_size=64, **options)).eval()
+    zeroed, ids = copy.deepcopy(model), torch.arange(12).view(1, 12)
+    rows = [(row, down, 1) for row in prune_channels(model, 0.25)]
+    assert [(row.before, row.after) for row, *_ in rows] == [(128, 96)] * 2
+    if out:
+        heads = prune_heads(model, 0.5, calibrate={"input_ids": ids})
+        assert [(row.before, row.after) for row in heads] == [(4, 2)] * 2
+        rows += [(row, out, 8) for row in heads]
+    else:
+        with pytest.raises(ValueError, match="model: expected blocks"):
+            prune_heads(model, 0.5)
+    for row, name, size in rows:
+        last = zeroed.get_submodule(row.path).get_submodule(name)
+        weight = last.weight if isinstance(last, nn.Linear) else last.weight.t()
+        with torch.no_grad():
+            for i in set(range(row.before)) - set(row.kept):
+                weight[:, i * size : (i + 1) * size] = 0
+    found, wanted = (m(input_ids=ids).last_hidden_state for m in (model, zeroed))
+    assert torch.allclose(found, wanted, atol=1e-5) and count(model) < count(zeroed)
+    assert width is None or getattr(model.config, width) == 96
+    found.square().mean().backward()
+
+
+def test_torchs_own_blocks_lose_channels():
     block = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True).train()
     assert prune_channels(block, 0.75)[0].after == 16
     assert block(torch.randn(2, 5, 16)).shape == (2, 5, 16)

@@ -16,6 +16,7 @@ CONFIGS = (
     "int8", "int8_weight", "int4", "int4_asym_g32", "int4_g64", "nf4", "nf4_double", "fp8", "mxfp8",
     "int8_tensor", "fp8_block",
 )  # fmt: skip
+LOUD = Config("int8", "int8", outlier_threshold=6.0)
 LEARNED = ("int8", "int8_weight", "int4", "int4_g128", "fp8", "int8_tensor")
 
 
@@ -195,17 +196,20 @@ def test_heads_stay_float_and_reports_say_so():
         (lambda m: prepare_qat(m, Config("int4_asym_g64", method="hqq")), "needs no data"),
         (lambda m: prepare_qat(m, "int4_asym_g32", learn_ranges=True), "learn_ranges: expected"),
         (lambda m: prepare_qat(m, "mxfp8", learn_ranges=True), "learn_ranges: mxfp8"),
+        (lambda m: prepare_qat(m, LOUD), "config: expected one without outlier_threshold"),
+        (lambda m: prepare_qat([m]), "model: expected a torch.nn.Module, found list"),
         (lambda m: convert_qat(m), "model: expected layers that prepare_qat"),
     ],
 )
 def test_errors_name_the_argument(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(Net())
 
 
-def test_a_weight_that_diverged_is_not_converted():
+@pytest.mark.parametrize("learn_ranges", [False, True])
+def test_a_weight_that_diverged_is_not_converted(learn_ranges):
     model = Net()
-    prepare_qat(model, "int8")
+    prepare_qat(model, "int8", learn_ranges=learn_ranges)
     with torch.no_grad():
         model.up.weight[0, 0] = float("nan")
     assert model(torch.randn(2, 48)).isnan().any()

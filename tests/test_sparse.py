@@ -196,6 +196,9 @@ def test_state_dict_copies_and_casts(format, tmp_path):
     if format == "float":
         full.load_state_dict(fastllm.quant.float_state_dict(made))
         assert torch.equal(full[0].weight, dense[0].weight)
+    assigned = copy.deepcopy(made).to("meta")
+    assigned.load_state_dict(made.state_dict(), assign=True)
+    assert torch.equal(assigned.to("cpu")(x), wanted)
     buffer = io.BytesIO()
     torch.save(made, buffer)
     buffer.seek(0)

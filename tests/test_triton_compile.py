@@ -87,7 +87,7 @@ def quants(dtype, exhaustive):
     """Launches of quantize and dequantize, in every format where that is asked for."""
     from fastllm.kernels.aot import meta, record
     from fastllm.kernels.quant import dequantize, fake_own, quantize
-    from fastllm.kernels.quant_ranges import fake_given
+    from fastllm.kernels.quant_ranges import encode_given, fake_given
 
     from fastllm.ops.quant import layout, spec
     from fastllm.ops.quant.cases import FORMATS
@@ -103,6 +103,7 @@ def quants(dtype, exhaustive):
         if symmetric and code != layout.MXFP8:
             ends = layout.limits(code)
             yield from record(fake_given, x, scales, None, x, None, code, group, values, ends)
+            yield from record(encode_given, x, scales, codes, scales, code, group, values)
             parts = meta(4096, -(-4096 // group) if group > 0 else 1, dtype=FP32)
             yield from record(fake_given, x, scales, x, x, parts, code, group, values, ends)
 

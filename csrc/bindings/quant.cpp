@@ -22,6 +22,13 @@ void dequantize(int dtype, int kind, int scale_type, ptr codes, ptr scales, ptr 
                                at(output), {rows, cols, group, height}, threads});
 }
 
+void encode(int dtype, int kind, int scale_type, ptr input, ptr codes, ptr scales, ptr given,
+            int64_t rows, int64_t cols, int64_t group, int64_t height, int threads) {
+  quant::kernels().encode({{dtype, kind, at(input), at(codes), at(scales), nullptr,
+                            {rows, cols, group, height}, threads},
+                           scale_type, at(given)});
+}
+
 void fake(int dtype, int kind, int scale_type, ptr input, ptr output, ptr scales, ptr zeros,
           int64_t rows, int64_t cols, int64_t group, int64_t height, int threads) {
   quant::kernels().fake({{dtype, kind, at(input), at(output), at(scales), at(zeros),
@@ -45,6 +52,9 @@ void bind_quant(py::module_& m) {
   def_kernel<dequantize>(m, "dequantize",
                          "dtype, kind, scale_type, codes, scales, zeros, output, rows, cols, "
                          "group, height, threads");
+  def_kernel<encode>(m, "quant_encode",
+                     "dtype, kind, scale_type, input, codes, scales, given, rows, cols, group, "
+                     "height, threads");
   def_kernel<fake>(m, "quant_fake",
                    "dtype, kind, scale_type, input, output, scales, zeros, rows, cols, group, "
                    "height, threads");

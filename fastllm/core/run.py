@@ -15,9 +15,15 @@ Call = tuple[tuple, dict[str, Any]]
 
 
 def as_calls(inputs: Any, argument: str = "verify") -> list[Call]:
-    """What `verify=` (or another argument) takes, as (args, kwargs) pairs."""
+    """What `verify=` (or another argument) takes, as (args, kwargs) pairs.
+
+    Batches that a DataLoader or a generator yields are taken, too; a list among them is a tuple of
+    arguments.
+    """
     calls: list[Call] = []
-    for one in inputs if isinstance(inputs, list) else [inputs]:
+    single = isinstance(inputs, Tensor | Mapping | tuple | str) or not hasattr(inputs, "__iter__")
+    for one in [inputs] if single else inputs:
+        one = tuple(one) if isinstance(one, list) and not isinstance(inputs, list) else one
         if isinstance(one, Tensor):
             calls.append(((one,), {}))
         elif isinstance(one, Mapping):
@@ -27,7 +33,7 @@ def as_calls(inputs: Any, argument: str = "verify") -> list[Call]:
         else:
             raise TypeError(
                 f"{argument}: expected a tensor, a tuple of arguments, a dict of keyword arguments "
-                f"or a list of such, found {type(one).__name__}"
+                f"or a list (or loader) of such, found {type(one).__name__}"
             )
     if not calls:
         raise ValueError(f"{argument}: the list of inputs is empty")

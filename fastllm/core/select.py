@@ -10,7 +10,12 @@ Paths = dict[nn.Module, list[str]]
 
 
 def paths_of(model: nn.Module) -> Paths:
-    """Every module and all the names it goes by: a shared module has several."""
+    """Every module and all the names it goes by: a shared module has several.
+
+    TypeError for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
     paths: Paths = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(path)

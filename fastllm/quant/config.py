@@ -73,6 +73,13 @@ class Config:
             type(self.min_weights) is not int or self.min_weights < 0
         ):
             raise ValueError(f"min_weights: expected 0 or more, found {self.min_weights!r}")
+        for name in ("head", "act_order"):
+            if type(value := getattr(self, name)) is not bool:
+                raise TypeError(f"{name}: expected True or False, found {value!r}")
+        for name in ("smooth", "outliers"):
+            value = getattr(self, name)
+            if value is not None and type(value) not in (int, float):
+                raise TypeError(f"{name}: expected a number or None, found {value!r}")
         if self.smooth is not None and not 0 < self.smooth < 1:
             raise ValueError(f"smooth: expected a number between 0 and 1, found {self.smooth!r}")
         if self.smooth is not None and self.method == "awq":

@@ -1,16 +1,17 @@
 """QuantLinear: a linear layer whose weight is codes."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastllm.core.instances import assign
+from fastllm.core import op
 from fastllm.ops import quant as ops
 from fastllm.ops.matmul.reference import activate
 from fastllm.ops.quant.layout import KINDS, codes_dtype
 from fastllm.ops.quant_linear import quant_linear
-from fastllm.quant.formats import Format, parse
+from fastllm.quant.formats import Format, parse, with_scales
 from fastllm.quant.lazy import LazyWeight
 from fastllm.quant.qtensor import QTensor, quantize, unnest
 from fastllm.quant.select import oriented
@@ -22,6 +23,7 @@ CODES = (
     "outlier_threshold", "format_code",
 )  # fmt: skip
 FOUND = ("act_scale", "input_scale", "outliers", "outlier_weight", "outlier_threshold")  # optional
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -97,6 +99,30 @@ class QuantLinear(nn.Linear):
         fill(made, q, activations, like=weight, transposed=not isinstance(linear, nn.Linear))
         return made
 
+    @classmethod
+    def from_qtensor(
+        cls, q: QTensor, bias: Tensor | None = None, activations: str = "float"
+    ) -> "QuantLinear":
+        """A layer of codes that are there already, those of `read_gptq`, say; nothing is copied.
+
+        q [out_features, in_features], bias [out_features] in q.dtype. Raises TypeError or
+        ValueError naming the argument.
+        """
+        if not isinstance(q, QTensor):
+            raise TypeError(f"q: expected a QTensor, found {type(q).__name__}")
+        if len(q.shape) != 2:
+            raise ValueError(f"q: expected a matrix, found {q}")
+        if bias is not None and (tuple(bias.shape) != q.shape[:1] or bias.dtype != q.dtype):
+            expected = f"[{q.shape[0]}] in {q.dtype}"
+            raise ValueError(f"bias: expected {expected}, found {op.describe(bias)}")
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        own = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        made.register_parameter("bias", own)
+        made.out_features, made.in_features = q.shape
+        fill(made, q, activations, like=torch.empty(0, dtype=q.dtype, device=q.device))
+        return made
+
     def forward(self, input: Tensor) -> Tensor:
         return self.activated(input)
 
@@ -157,6 +183,7 @@ class QuantLinear(nn.Linear):
         if tuple(weight.shape) != expected:
             raise ValueError(f"weight: expected shape {list(expected)}, found {list(weight.shape)}")
         q = self._quantized(weight)
+        self._scales_in(q.scales.dtype)
         for name in ("codes", "scales", "zeros", "nested"):
             if self._buffers[name] is not None:
                 getattr(self, name).copy_(getattr(q, name))
@@ -168,7 +195,19 @@ class QuantLinear(nn.Linear):
         weight = weight.detach()
         if scale is not None:  # 0 for outliers, whose columns are kept apart
             weight = torch.where(scale == 0, 0.0, weight / torch.where(scale == 0, 1.0, scale))
-        return quantize(weight.to(self._like.dtype), self.format)
+        return quantize(weight.to(self._like.dtype), replace(self.format, scale_dtype=None))
+
+    def _scales_in(self, dtype: torch.dtype) -> None:
+        """Makes room for scales and zero points that the dtype of its own cannot hold."""
+        if (
+            dtype not in FLOATS
+            or torch.promote_types(self.scales.dtype, dtype) == self.scales.dtype
+        ):
+            return
+        self.format = with_scales(self.format, dtype)
+        for name in ("scales", "zeros"):
+            if (held := self._buffers[name]) is not None:
+                self._buffers[name] = torch.empty_like(held, dtype=dtype)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -227,25 +266,35 @@ class QuantLinear(nn.Linear):
         weight, code = state_dict.get(prefix + "weight"), state_dict.get(prefix + "format_code")
         if weight is not None and prefix + "codes" not in state_dict:
             state_dict = self._from_float(state_dict, prefix, weight, error_msgs)
-        elif code is not None:
-            if not torch.equal(code[:4].cpu(), self.format_code[:4].cpu()):
-                own, theirs = describe(self.format_code), describe(code)
-                error_msgs.append(f"{prefix}codes: expected {own}, found {theirs}")
+        elif code is not None and not code.is_meta:
+            own = code_of(self.format, self.activations)  # the buffer may be meta, or still empty
+            if not torch.equal(code[:4].cpu(), own[:4]):
+                error_msgs.append(
+                    f"{prefix}codes: expected {describe(own)}, found {describe(code)}"
+                )
                 return
             self.activations = int(code[4])
             for found in FOUND:
                 value, mine = state_dict.get(prefix + found), self._buffers[found]
                 if value is None or mine is None or mine.shape != value.shape:
-                    made = None if value is None else value.to(self.codes.device, copy=True)
-                    self._buffers[found] = made
+                    self._buffers[found] = None if value is None else self._here(value, copy=True)
             self.threshold = number(state_dict.get(prefix + "outlier_threshold"))
+            if (scales := state_dict.get(prefix + "scales")) is not None:
+                self._scales_in(scales.dtype)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if self._like.device != self.codes.device:  # a meta model that was assigned to
+            self._like = torch.empty_like(self._like, device=self.codes.device)
+
+    def _here(self, tensor: Tensor, copy: bool = False) -> Tensor:
+        """On the device of the codes, unless those are still to come."""
+        return tensor if self.codes.is_meta else tensor.to(self.codes.device, copy=copy)
 
     def _from_float(self, state: Any, prefix: str, weight: Tensor, errors: list[str]) -> Any:
         """The entries of a float layer as this one's; its own codes where they do not fit."""
         own = {prefix + n: b for n in CODES if (b := self._buffers.get(n)) is not None}
+        own[prefix + "format_code"] = code_of(self.format, self.activations)
         rest = {k: v for k, v in state.items() if k.startswith(prefix) and k != prefix + "weight"}
         weight = weight.t() if self.transposed else weight
         expected = [self.out_features, self.in_features]
@@ -253,10 +302,11 @@ class QuantLinear(nn.Linear):
             errors.append(f"{prefix}weight: expected shape {expected}, found {list(weight.shape)}")
             return own | rest
         try:
-            q = self._quantized(weight.to(self._like.device))
+            q = self._quantized(self._here(weight))
         except (TypeError, ValueError) as error:
             errors.append(f"{prefix}weight: {error}")
             return own | rest
+        self._scales_in(q.scales.dtype)
         new = {prefix + n: getattr(q, n) for n in ("codes", "scales", "zeros", "nested")}
         if self.outliers is not None:
             new[prefix + "outlier_weight"] = weight[:, self.outliers.to(weight.device)]
@@ -321,42 +371,3 @@ def fill(
     module.threshold = number(outlier_threshold)
     module.register_buffer("format_code", code_of(q.format, module.activations).to(q.device))
     module.register_buffer("_like", like.detach().new_empty(0), persistent=False)
-
-
-class Original:
-    """What a module was before it became a QuantLinear."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.cls = type(module)
-        self.parameters = dict(module._parameters)
-        self.attributes = set(vars(module))
-
-    def put_back(self, module: Any) -> None:
-        """Gives the module its class and parameters back; the bias may have been trained."""
-        for name in (*CODES, "_like"):
-            module._buffers.pop(name, None)
-            module._non_persistent_buffers_set.discard(name)
-        for name in set(vars(module)) - self.attributes:
-            del vars(module)[name]
-        assign(module, self.cls)
-        module._parameters.clear()
-        module._parameters.update(self.parameters)
-
-
-def adopt(module: Any, q: QTensor, activations: str = "float", **scales: Tensor | None) -> Original:
-    """Makes a Linear (or Conv1D) a QuantLinear in place: hooks, owners and paths stay.
-
-    scales: what `fill` takes beside the codes. Returns the way back.
-    """
-    before = Original(module)
-    weight = module._parameters["weight"]
-    transposed = not isinstance(module, nn.Linear)
-    del module._parameters["weight"]
-    try:
-        fill(module, q, activations, **scales, like=weight, transposed=transposed)
-        module.out_features, module.in_features = q.shape
-        assign(module, QuantLinear)
-    except BaseException:
-        before.put_back(module)
-        raise
-    return before

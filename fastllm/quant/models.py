@@ -8,9 +8,10 @@ from torch import nn
 from fastllm.core.run import Call, as_calls
 from fastllm.quant import calibrate as data
 from fastllm.quant import select
+from fastllm.quant.adopt import Original, adopt
 from fastllm.quant.config import Config, as_config
 from fastllm.quant.formats import Format
-from fastllm.quant.linear import CODES, FOUND, Original, QuantLinear, adopt
+from fastllm.quant.linear import CODES, FOUND, QuantLinear
 from fastllm.quant.methods import encode
 from fastllm.quant.progress import Progress
 from fastllm.quant.report import Report, Row, nbytes
@@ -84,9 +85,9 @@ def quantize(
                callable(path, module) -> bool, alone or in a list; a module stands for all in it
     exclude    what may not, in the same form
     calibrate  inputs of the model: a tensor, a tuple of arguments, a dict of keyword arguments, or
-               a list of such. Methods learn from them, and the report's errors are those of the
-               layers' outputs on them. Layers are quantized in order, and later ones are
-               calibrated behind earlier ones where their statistics do not all fit into 1 GB
+               a list or DataLoader of such. Methods learn from them, and the report's errors are
+               those of the layers' outputs on them. Layers are quantized in order, and later ones
+               are calibrated behind earlier ones where their statistics do not all fit into 1 GB
     progress   a bar on stderr where that is a terminal and it takes longer
     min_weights  layers with fewer weights are faster in float and stay there; 0 quantizes them,
                too. None: the Config's, which is 2^17 unless it says otherwise
@@ -113,10 +114,12 @@ def quantize(
     before = nbytes(model)
     plan, rows = _plan(model, include, exclude, config)
     bar = Progress()
+    tokens: dict[int, int] = {}
     try:
         for portion in _portions(plan, calls):
             tick = (lambda share: bar.step(share, "calibrating")) if progress else None
             stats = {} if calls is None else data.collect(model, portion, calls, tick)
+            tokens |= {len(s.gram): s.tokens for s in stats.values()}
             for layer in portion:
                 if progress:
                     bar.step(len(handle.modules) / len(plan), plan[layer].path)
@@ -129,6 +132,7 @@ def quantize(
     handle._report = Report(rows, before, nbytes(model), str(config))
     if calls is not None:
         handle._report.measured = "outputs"
+        handle._report.notes += _too_few(tokens, config)
     small = sum(row.small for row in rows)
     if small:
         handle._report.notes.append(
@@ -136,6 +140,17 @@ def quantize(
             "stayed in float, where they are faster; min_weights=0 quantizes them"
         )
     return handle
+
+
+def _too_few(tokens: dict[int, int], config: Config) -> list[str]:
+    """What to say of layers with more inputs than there were tokens: inputs -> tokens."""
+    width = max(tokens, default=0)
+    if config.method != "gptq" or tokens.get(width, 0) >= width:
+        return []
+    return [
+        f"calibrate had {tokens[width]} tokens for layers of {width} inputs: 'gptq' fits what it "
+        "was shown, so that other text may come out worse than rounded; give it some thousands"
+    ]
 
 
 def _plan(

@@ -14,7 +14,7 @@ from torch.nn.utils import prune as stock
 from fastllm.core.run import as_calls
 from fastllm.quant import calibrate as data
 from fastllm.quant import select
-from fastllm.quant.select import oriented
+from fastllm.quant.select import check_share, oriented
 from fastllm.quant.sparsegpt import sparsegpt
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -132,15 +132,19 @@ def prune(
 
 
 def _check(amount: float, method: str, pattern: Any, calls: Any) -> None:
-    if not 0 <= amount < 1:
-        raise ValueError(f"amount: expected a share in [0, 1), found {amount!r}")
+    check_share(amount)
     if method not in METHODS:
         names = ", ".join(map(repr, METHODS))
         raise ValueError(f"method: expected one of {names}, found {method!r}")
-    if pattern is not None and not (len(pattern) == 2 and 0 < pattern[0] < pattern[1]):
+    if pattern is not None and not _is_pattern(pattern):
         raise ValueError(f"pattern: expected (zeros, of) with zeros < of, found {pattern!r}")
     if method != "magnitude" and calls is None:
         raise ValueError(f"calibrate: expected batches for {method!r}, found None")
+
+
+def _is_pattern(wish: Any) -> bool:
+    whole = isinstance(wish, tuple | list) and [type(n) for n in wish] == [int, int]
+    return whole and 0 < wish[0] < wish[1]
 
 
 @torch.no_grad()

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.core.instances import assign
+from fastllm.core.select import paths_of
 from fastllm.ops import quant as ops
 from fastllm.ops.quant import layout
 from fastllm.ops.quant_linear import quant_linear
 from fastllm.quant import select
+from fastllm.quant.adopt import adopt
 from fastllm.quant.calibrate import sqnr
 from fastllm.quant.config import Config, as_config
 from fastllm.quant.formats import Format
-from fastllm.quant.grid import codes_of, scales_of, snap
-from fastllm.quant.linear import ACTIVATIONS, adopt
+from fastllm.quant.grid import scales_of
+from fastllm.quant.linear import ACTIVATIONS
 from fastllm.quant.qtensor import QTensor, check_finite, nest, unnest
 from fastllm.quant.report import Report, Row, nbytes
 
@@ -110,9 +112,9 @@ def _codes(
         if form.double:
             return codes, *_nested(scales, zeros)
         return codes, scales, zeros, scales.new_empty(0)
-    scales = _stored(ranges, form)
-    zeros = scales.new_empty(0)
-    return codes_of(snap(_units(weight, scales, form), form), form), scales, zeros, zeros
+    codes, scales = ops.encode(weight, ranges, form.code, form.group)
+    none = scales.new_empty(0)
+    return codes, scales, none, none
 
 
 def _nested(scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,13 +125,6 @@ def _nested(scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _stored(ranges: Tensor, form: Format) -> Tensor:
     """Learned scales as a QuantLinear stores them."""
     return ranges.detach().to(layout.scales_dtype(form.code))
-
-
-def _units(weight: Tensor, scales: Tensor, form: Format) -> Tensor:
-    """The weight in units of its scales, in float32."""
-    each = layout.spread(scales.float(), tuple(weight.shape), form.group)
-    unit = torch.where(each == 0, 1.0, each)
-    return torch.where(each == 0, 0.0, weight.float() / unit)
 
 
 def _range_gradients(
@@ -165,6 +160,8 @@ def prepare_qat(
     form = config.format
     if config.needs_data or config.method != "round":
         raise ValueError(f"config: expected one that needs no data, found {config}")
+    if config.outlier_threshold is not None:
+        raise ValueError(f"config: expected one without outlier_threshold, found {config}")
     if learn_ranges and (not form.symmetric or form.double or form.group < -1 or form.bits > 8):
         raise ValueError(f"learn_ranges: expected a symmetric format by groups, found {form}")
     if learn_ranges and form.kind == "mxfp8":
@@ -199,8 +196,9 @@ def convert_qat(model: nn.Module) -> Report:
     Returns a report. Raises ValueError where nothing is prepared, or a weight holds NaN or
     infinity.
     """
+    found = paths_of(model).items()
+    prepared = [(names[0], m) for m, names in found if isinstance(m, QATLinear)]
     before, rows = nbytes(model), []
-    prepared = [(p, m) for p, m in model.named_modules() if isinstance(m, QATLinear)]
     if not prepared:
         raise ValueError("model: expected layers that prepare_qat prepared, found none")
     made = [module.qtensor() for _, module in prepared]

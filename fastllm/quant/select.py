@@ -67,6 +67,14 @@ def _declared(module: Any) -> set[nn.Module]:
     return {found} if isinstance(found, nn.Module) else set()
 
 
+def check_share(amount: float) -> None:
+    """TypeError or ValueError for what is no share of weights, channels or heads."""
+    if not isinstance(amount, int | float):
+        raise TypeError(f"amount: expected a number, found {type(amount).__name__}")
+    if not 0 <= amount < 1:
+        raise ValueError(f"amount: expected a share in [0, 1), found {amount!r}")
+
+
 def kind_of(module: nn.Module) -> type:
     """The class that a module had before a swap."""
     return vars(type(module)).get("_fastllm_base", type(module))

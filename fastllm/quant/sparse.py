@@ -116,13 +116,19 @@ class SparseLinear(nn.Linear):
             state_dict |= {prefix + n: v for n, v in own.items() if v is not None}
             try:
                 self._fits(weight)
-                new = _packed(weight.to(self._like.device), self.format, self._like.dtype)
+                new = _packed(
+                    weight if self.kept.is_meta else weight.to(self.kept.device),
+                    self.format,
+                    self._like.dtype,
+                )
                 state_dict |= {prefix + n: v for n, v in new.items()}
             except ValueError as error:
                 error_msgs.append(prefix + str(error))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if self._like.device != self.kept.device:  # a meta model that was assigned to
+            self._like = torch.empty_like(self._like, device=self.kept.device)
 
 
 def _packed(weight: Tensor, format: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -12,15 +12,19 @@ from torch import Tensor, nn
 from fastllm.core.run import as_calls
 from fastllm.core.select import chosen, paths_of
 from fastllm.quant import calibrate as data
-from fastllm.quant.select import is_conv1d, oriented
+from fastllm.quant.select import check_share, is_conv1d, oriented
 
 # (projections whose rows are the channels, the projection whose columns they are)
 FEED_FORWARD = (
     (("gate_proj", "up_proj"), "down_proj"),
+    (("gate_up_proj",), "down_proj"),
     (("w1", "w3"), "w2"),
     (("up_proj",), "down_proj"),
     (("fc1",), "fc2"),
     (("linear1",), "linear2"),
+    (("lin1",), "lin2"),
+    (("wi_0", "wi_1"), "wo"),
+    (("wi",), "wo"),
     (("c_fc",), "c_proj"),
     (("dense_h_to_4h",), "dense_4h_to_h"),
     (("intermediate.dense",), "output.dense"),
@@ -30,8 +34,12 @@ ATTENTION = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_proj", "k_proj", "v_proj", "out_proj"),
     ("q_proj", "k_proj", "v_proj", "dense"),
+    ("q_lin", "k_lin", "v_lin", "out_lin"),
     ("self.query", "self.key", "self.value", "output.dense"),
+    (("c_attn",), "c_proj"),
 )
+_FUSED = {"gate_up_proj": 2, "c_attn": 3}  # projections in one matrix, one above the other
+_WIDTHS = ("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner")
 _HEAD_DIM = ("head_dim", "attention_head_size")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -59,11 +67,11 @@ def prune_channels(
     Channels go by the norm of what they add to the output: of their weights in the last
     projection, times that of their values on the batches of `calibrate` where it is given, else of
     their rows in the first one. Blocks are known by the usual names of their projections.
-    `model.config.intermediate_size` follows where all blocks agree. Not reversible: copy first.
+    `model.config` follows where all blocks agree. Not reversible: copy first.
 
     Returns a row for each block. Raises ValueError where there is none.
     """
-    _check(amount)
+    check_share(amount)
     blocks = _found(model, FEED_FORWARD, include, exclude)
     downs = [block[-1][1] for block in blocks]
     stats = _stats(model, downs, calibrate)
@@ -73,9 +81,9 @@ def prune_channels(
         kept = _highest(_channel_scores(inner, down, stats.get(down)), amount)
         rows.append(Shrunk(path, before, len(kept), tuple(kept.tolist())))
         for layer in inner:
-            _keep_rows(layer, kept)
+            _keep_rows(layer, _repeated(kept, layer, before))
         _keep_columns(down, kept)
-    _update_config(model, ("intermediate_size",), {row.after for row in rows})
+    _update_config(model, _WIDTHS, {row.after for row in rows})
     return rows
 
 
@@ -95,7 +103,7 @@ def prune_heads(
 
     Returns a row for each block, counted in key heads. Raises ValueError where there is none.
     """
-    _check(amount)
+    check_share(amount)
     blocks = [
         (path, owner, parts)
         for path, owner, parts in _found(model, ATTENTION, include, exclude)
@@ -105,18 +113,21 @@ def prune_heads(
         raise ValueError("model: expected attention blocks with a head_dim, found none")
     stats = _stats(model, [parts[1] for _, _, parts in blocks], calibrate)
     rows, sizes = [], set()
-    for path, owner, ((query, key, value), output) in blocks:
+    for path, owner, (inner, output) in blocks:
         size = _head_dim(owner)
         assert size is not None
-        heads, groups = query.out_features // size, key.out_features // size
-        scores = _channel_scores((query, key, value), output, stats.get(output), own=False)
+        width = oriented(output).shape[1]
+        heads = width // size
+        groups = heads if len(inner) == 1 else oriented(inner[1]).shape[0] // size
+        scores = _channel_scores(inner, output, stats.get(output), own=False)
         kept = _highest(scores.view(groups, -1).sum(1), amount)
         rows.append(Shrunk(path, groups, len(kept), tuple(kept.tolist())))
         ratio = heads // groups
-        _keep_rows(query, _spans(kept, ratio * size))
-        for layer in (key, value):
+        wide = _spans(kept, ratio * size)
+        _keep_rows(inner[0], _repeated(wide, inner[0], width))
+        for layer in inner[1:]:
             _keep_rows(layer, _spans(kept, size))
-        _keep_columns(output, _spans(kept, ratio * size))
+        _keep_columns(output, wide)
         _set_heads(owner, len(kept) * ratio, len(kept), size)
         sizes.add((len(kept) * ratio, len(kept), size))
     if len(sizes) == 1:
@@ -125,11 +136,6 @@ def prune_heads(
         _update_config(model, _KEY_HEADS, {groups})
         _update_config(model, ("head_dim",), {size})
     return rows
-
-
-def _check(amount: float) -> None:
-    if not 0 <= amount < 1:
-        raise ValueError(f"amount: expected a share in [0, 1), found {amount!r}")
 
 
 def _found(model: nn.Module, table: Any, include: Any, exclude: Any) -> list[tuple]:
@@ -145,7 +151,8 @@ def _found(model: nn.Module, table: Any, include: Any, exclude: Any) -> list[tup
         for row in table:
             inner, last = row if isinstance(row[0], tuple) else (row[:-1], row[-1])
             parts = [_child(module, name) for name in (*inner, last)]
-            if all(map(_plain, parts)) and not taken.intersection(parts) and _fits(parts):
+            known = all(map(_plain, parts)) and not taken.intersection(parts)
+            if known and _fits(parts, _FUSED.get(inner[0], 1)):
                 found.append((names[0], module, (tuple(parts[:-1]), parts[-1])))
                 taken.update(parts)
                 break
@@ -172,12 +179,11 @@ def _plain(layer: Any) -> bool:
     return known and isinstance(layer._parameters.get("weight"), nn.Parameter)
 
 
-def _fits(parts: list[Any]) -> bool:
-    """Whether the rows of the first are the columns of the last."""
-    width = oriented(parts[-1]).shape[1]
-    return oriented(parts[0]).shape[0] == width and (
-        len(parts) == 4 or all(oriented(p).shape[0] == width for p in parts[:-1])
-    )
+def _fits(parts: list[Any], fused: int) -> bool:
+    """Whether each of `fused` projections in one has the rows that the last one has columns."""
+    rows = fused * oriented(parts[-1]).shape[1]
+    own = parts[:1] if len(parts) == 4 else parts[:-1]  # keys and values may be fewer
+    return all(oriented(p).shape[0] == rows for p in own)
 
 
 def _head_dim(owner: Any) -> int | None:
@@ -205,7 +211,8 @@ def _channel_scores(inner: Any, last: Any, stats: data.Stats | None, own: bool =
     if stats is not None:
         return score * stats.gram.diagonal()
     for layer in inner if own else ():
-        score = score * oriented(layer).float().square().sum(1)
+        norms = oriented(layer).float().square().sum(1)
+        score = score * norms.view(-1, len(score)).prod(0)
     return score
 
 
@@ -218,6 +225,12 @@ def _highest(scores: Tensor, amount: float) -> Tensor:
 def _spans(kept: Tensor, width: int) -> Tensor:
     """The rows of the heads that are kept."""
     return (kept.unsqueeze(1) * width + torch.arange(width, device=kept.device)).flatten()
+
+
+def _repeated(kept: Tensor, layer: Any, width: int) -> Tensor:
+    """The same rows of every projection of `width` that a layer holds."""
+    begins = torch.arange(0, oriented(layer).shape[0], width, device=kept.device)
+    return (begins.unsqueeze(1) + kept).flatten()
 
 
 def _keep_rows(layer: Any, kept: Tensor) -> None:
@@ -247,7 +260,7 @@ def _set_heads(owner: Any, heads: int, groups: int, size: int) -> None:
             for name in names:
                 if isinstance(getattr(place, name, None), int):
                     setattr(place, name, value)
-        for name in ("all_head_size",):
+        for name in ("all_head_size", "split_size"):
             if isinstance(getattr(place, name, None), int):
                 setattr(place, name, heads * size)
 
@@ -257,5 +270,6 @@ def _update_config(model: Any, names: tuple[str, ...], values: set[int]) -> None
     if config is None or len(values) != 1:
         return
     for name in names:
-        if isinstance(getattr(config, name, None), int):
+        unset = name == "n_inner" and getattr(config, name, 0) is None  # GPT-2: four times n_embd
+        if unset or isinstance(getattr(config, name, None), int):
             setattr(config, name, next(iter(values)))

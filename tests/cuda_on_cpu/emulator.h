@@ -154,7 +154,7 @@ void launch(Kernel kernel, dim3 grid, dim3 block, int shared, int cluster, Args.
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define FASTLLM_SHARED_MEMORY (emulated::current->block->shared.data())
 
 namespace fastllm {

@@ -171,47 +171,52 @@ struct NibblesByFloats {
   }
 };
 
-// out [M] = stretches [begin, end) of a row of the weight times those of M tokens.
-template <int M, class Dot>
+// out [R][M] = stretches [begin, end) of R rows of the weight times those of M tokens.
+template <int M, int R, class Dot>
 INLINE void thin_nibbles(const Weight& w, const Dot& dot, i64 row, const Dealt& x, i64 begin,
                          i64 end, float* out) {
   const Lanes& lanes = *x.lanes;
-  const uint8_t* p = w.codes + row * w.row;
-  const i64 bytes = (w.k + 1) / 2, first = scale_index(w, row, 0);
-  const i64 stretches = ceil_div(x.blocks, 4);
-  Vec total[M], apart[M];
-#pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) total[m] = apart[m] = zero();
+  const i64 bytes = (w.k + 1) / 2, stretches = ceil_div(x.blocks, 4);
+  Vec total[R][M], apart[R][M];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * M; ++i) total[i / M][i % M] = apart[i / M][i % M] = zero();
   for (i64 s = begin; s < end; ++s) {
-    const Vec scales = lanes.of(w.scales, w.scale_type, first, s);
-    if (w.zeros) {
-      const Vec worth = (set1(8.0f) - lanes.of(w.zeros, w.scale_type, first, s)) * scales;
+    Vec scales[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const i64 first = scale_index(w, row + r, 0);
+      scales[r] = lanes.of(w.scales, w.scale_type, first, s);
+      if (!w.zeros) continue;
+      const Vec worth = (set1(8.0f) - lanes.of(w.zeros, w.scale_type, first, s)) * scales[r];
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m)
-        apart[m] = fma(worth, load(x.held + (m * stretches + s) * W), apart[m]);
+        apart[r][m] = fma(worth, load(x.held + (m * stretches + s) * W), apart[r][m]);
     }
-    const auto block = [&](int q, IntVec v) INLINE_LAMBDA {
-      const Vec scale = lanes.at(scales, q);
-      Vec sums[M];
-      dot.template block<M>(v, x, 4 * s + q, sums);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) total[m] = fma(sums[m], scale, total[m]);
-    };
-    const uint8_t* codes = p + s * (kStretch / 2);
+    const uint8_t* codes = w.codes + row * w.row + s * (kStretch / 2);
     const i64 left = bytes - s * (kStretch / 2);
+    const auto block = [&](int q, bool whole) INLINE_LAMBDA {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const uint8_t* p = codes + r * w.row + 64 * q;
+        if (whole) __builtin_prefetch((const void*)(uintptr_t(p) + 2048));
+        const IntVec v = whole ? load_words(p) : load_codes(p, left - 64 * q);
+        Vec sums[M];
+        dot.template block<M>(v, x, 4 * s + q, sums);
+        const Vec scale = lanes.at(scales[r], q);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) total[r][m] = fma(sums[m], scale, total[r][m]);
+      }
+    };
     if (left >= kStretch / 2) {
 #pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) {
-        __builtin_prefetch((const void*)(uintptr_t(codes + 64 * q) + 2048));
-        block(q, load_words(codes + 64 * q));
-      }
+      for (int q = 0; q < 4; ++q) block(q, true);
     } else {
-      for (int q = 0; q < 4 && 64 * q < left; ++q)
-        block(q, load_codes(codes + 64 * q, left - 64 * q));
+      for (int q = 0; q < 4 && 64 * q < left; ++q) block(q, false);
     }
   }
-#pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) out[m] = hsum(total[m] + apart[m]) * x.scales[m];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * M; ++i)
+    out[i] = hsum(total[i / M][i % M] + apart[i / M][i % M]) * x.scales[i % M];
 }
 
 // The same of int8 with one scale a row and D digits: w + 128 is the unsigned side.

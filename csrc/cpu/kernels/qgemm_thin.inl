@@ -152,7 +152,8 @@ INLINE void each_row(i64 count, float* out, const F& rows) {
 }
 
 #if defined(FASTLLM_BYTE_DOTS)
-// Floats of more than two tokens stay in the L1 cache a part of k at a time.
+// A token alone meets four rows at a time: memory is read faster in four places than in one. Floats
+// of more than two tokens stay in the L1 cache a part of k at a time.
 template <int M, class Dot>
 APART void dealt_rows(const Product& p, const Dealt& x, i64 from, i64 count, float* out) {
   const Dot dot(p.w.kind);
@@ -160,8 +161,9 @@ APART void dealt_rows(const Product& p, const Dealt& x, i64 from, i64 count, flo
   const i64 part = M > 2 && std::is_same_v<Dot, NibblesByFloats> ? 4 : stretches;
   for (i64 s = 0; s < stretches; s += part) {
     alignas(64) float sums[M * kThinRows];
-    each_row<M, 1>(count, sums, [&](i64 r, auto, float* row) INLINE_LAMBDA {
-      thin_nibbles<M>(p.w, dot, from + r, x, s, least(stretches, s + part), row);
+    each_row<M, M == 1 ? 4 : 1>(count, sums, [&](i64 r, auto n, float* rows) INLINE_LAMBDA {
+      thin_nibbles<M, decltype(n)::value>(p.w, dot, from + r, x, s, least(stretches, s + part),
+                                          rows);
     });
     for (i64 m = 0; m < M; ++m)
       for (i64 r = 0; r < count; ++r)
@@ -174,7 +176,6 @@ APART void dealt_bytes(const Product& p, const Dealt& x, i64 from, i64 count, fl
     thin_bytes_by_digits<M, D>(p.w, from + r, x, sums);
   });
 }
-// A token alone meets four rows at a time: memory is read faster in four places than in one.
 template <int M>
 APART void code_rows(const Product& p, const ThinCodes& x, i64 from, i64 count, float* out) {
   each_row<M, M == 1 ? 4 : 1>(count, out, [&](i64 r, auto n, float* sums) INLINE_LAMBDA {

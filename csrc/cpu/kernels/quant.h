@@ -34,6 +34,14 @@ struct Fake {
   int scale_type;
 };
 
+// Codes with scales that are given, in the type of `as.scales`: those are a copy of them, in which
+// groups that hold NaN or infinity become NaN.
+struct Encode {
+  Quantize as;
+  int scale_type;
+  const void* given;
+};
+
 // From the gradient of values to that of the input, which stops outside of the range, and to
 // parts [rows, groups in a row] of that of given scales.
 struct FakeGrad {
@@ -57,6 +65,7 @@ struct Dequantize {
 struct Kernels {
   void (*quantize)(const Quantize&);
   void (*dequantize)(const Dequantize&);
+  void (*encode)(const Encode&);
   void (*fake)(const Fake&);
   void (*fake_grad)(const FakeGrad&);
 };

@@ -55,4 +55,4 @@ INLINE void deal(i64 rows, i64 cols, i64 piece, i64 bytes, int threads, const F&
 
 #include "cpu/kernels/quant_fake.inl"
 
-constexpr Kernels table = {quantize, dequantize, fake, fake_grad};
+constexpr Kernels table = {quantize, dequantize, encode, fake, fake_grad};

@@ -107,6 +107,45 @@ void fake(const Fake& f) {
   });
 }
 
+// ---- codes in given ranges
+
+INLINE void spoil(void* scales, int type, i64 at) {  // several threads may, with the same value
+  if (type == kFloat32)
+    __atomic_store_n(static_cast<uint32_t*>(scales) + at, 0x7fc00000u, __ATOMIC_RELAXED);
+  else
+    __atomic_store_n(static_cast<uint16_t*>(scales) + at, uint16_t(0x7fc0), __ATOMIC_RELAXED);
+}
+
+template <class C, class T>
+APART void encode_given(const Encode& a, i64 row, i64 from, i64 n) {
+  i64 size;
+  const i64 base = scales_of(a.as.shape, row, size);
+  const T* x = static_cast<const T*>(a.as.input) + row * a.as.shape.cols + from;
+  Writer<C> writer(a.as, row, from);
+  Scale s{};
+  for (i64 i = 0; i < n;) {
+    const i64 count = least(n - i, size - (from + i) % size), at = base + (from + i) / size;
+    s = given_scale(a.given, a.scale_type, at);
+    if (extent<Int8>(x + i, count).high >= 0x7f800000u) spoil(a.as.scales, a.scale_type, at);
+    writer.add(x + i, count, s, false);
+    i += count;
+  }
+  writer.close(s);
+}
+
+void encode(const Encode& a) {
+  const Shape& s = a.as.shape;
+  with_type(a.as.dtype, [&](auto* type) {
+    with_kind(a.as.kind, false, [&](auto code) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      using C = decltype(code);
+      const i64 bytes = s.rows * s.cols * i64(sizeof(T) + 1);
+      deal(s.rows, s.cols, piece_of(s), bytes, a.as.threads,
+           [&](i64 row, i64 from, i64 n) { encode_given<C, T>(a, row, from, n); });
+    });
+  });
+}
+
 // ---- gradients of given ranges (LSQ)
 
 template <class C>

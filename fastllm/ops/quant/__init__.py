@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastllm.core.dispatch import define
 from fastllm.ops.quant import cpu, cuda, reference, spec, stock, triton
-from fastllm.ops.quant.cases import dequantize_cases, fake_cases, quantize_cases
+from fastllm.ops.quant.cases import dequantize_cases, encode_cases, fake_cases, quantize_cases
 
 quantize_op = define(
     "quantize",
@@ -43,6 +43,24 @@ dequantize_op = define(
     fake_backward=lambda codes: (),
     cost=spec.cost_dequantize,
     cases=dequantize_cases(),
+)
+encode_op = define(
+    "encode",
+    [module.BACKENDS["encode"] for module in (cpu, triton, stock)],
+    reference,
+    family="quant",
+    schema=spec.ENCODE,
+    tensors=(0, 1),
+    saved=lambda args, results: args[:1],
+    saved_tensors=(0,),
+    gradients={},
+    outputs=2,
+    check=spec.check_encode,
+    fake=spec.encoded,
+    fake_backward=lambda input: (),
+    cost=spec.cost_encode,
+    cases=encode_cases(),
+    values=spec.encode_distances,
 )
 fake_quantize_op = define(
     "fake_quantize",
@@ -80,6 +98,19 @@ def quantize(
     or TypeError for arguments that do not fit.
     """
     return quantize_op(input.detach(), code, group, symmetric, backend=backend)
+
+
+def encode(
+    input: Tensor, scales: Tensor, code: int, group: int, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """(codes, scales) of input [R.., K] in ranges that are given: what is outside moves to the end.
+
+    scales of the shape that `quantize` gives them and any floating point dtype, for symmetric kinds
+    but mxfp8; they are rounded to what is stored first, and become NaN for groups that hold NaN or
+    infinity. code and group as `quantize` takes them. Has no gradient: `fake_quantize` has one.
+    Raises ValueError or TypeError for arguments that do not fit.
+    """
+    return encode_op(input.detach(), scales.detach(), code, group, backend=backend)
 
 
 def range_gradients(

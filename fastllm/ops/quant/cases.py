@@ -97,6 +97,40 @@ def _fake() -> Iterator[Case]:
             yield _faked((4096, 4096), dtype, form, given, tags={"bench"})
 
 
+def encode_cases() -> tuple[Case, ...]:
+    """All cases of encode: those of fake_quantize with ranges, but for the values of the latter."""
+    return tuple(_encode())
+
+
+def _encode() -> Iterator[Case]:
+    for form in filter(learnable, FORMATS):
+        for shape, dtype in _sizes():
+            if shape not in ((1, 1), (0, 32)):
+                yield _encoded(shape, dtype, form)
+        yield _encoded((6, 70), FP64, form)
+        for values in ("zeros", "ties", "huge", "outlier", "nan", "infinite"):
+            dtype = FP16 if values == "huge" else FP32
+            yield _encoded((9, 200), dtype, form, values, {"adversarial"})
+        yield _encoded((24, 130), BF16, form, "transposed")
+    for form in ((INT8, 0, True), (INT4, 32, True), (NF4, 64, True)):
+        yield _encoded((4096, 4096), FP32, form, tags={"bench"})
+
+
+def _encoded(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    form: tuple[int, int, bool],
+    values: str = "normal",
+    tags: set[str] = frozenset(("quick",)),  # type: ignore[assignment]
+) -> Case:
+    faked = _faked(shape, dtype, form, True, values, tags)
+
+    def build(generator: torch.Generator) -> tuple:
+        return faked.build(generator)[:4]
+
+    return Case(faked.name.removesuffix("-given"), dtype, build, faked.tags)
+
+
 def learnable(form: tuple[int, int, bool]) -> bool:
     """Whether scales may be given."""
     code, _, symmetric = form

@@ -52,6 +52,20 @@ def dequantize(
     return out
 
 
+def encode(input: Tensor, scales: Tensor, code: int, group: int) -> tuple[Tensor, Tensor]:
+    x, shape = input.contiguous(), tuple(input.shape)
+    stored = layout.codes_dtype(code)
+    codes = empty(layout.codes_shape(shape, code), _bytes(stored)).view(stored)
+    given = scales.to(layout.scales_dtype(code)).contiguous()
+    made = given.clone()
+    _C.quant_encode(
+        DTYPES[x.dtype], code, _SCALES[given.dtype], x.data_ptr(), codes.data_ptr(),
+        made.data_ptr(), given.data_ptr(), *_sizes(shape), group, _height(shape),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return codes, made
+
+
 def fake_quantize(
     input: Tensor, scales: Tensor | None, code: int, group: int, symmetric: bool
 ) -> Tensor:
@@ -137,6 +151,10 @@ def _supports_dequantize(
     return groups_fit(code, group)
 
 
+def _supports_encode(input: Tensor, scales: Tensor, code: int, group: int) -> str | None:
+    return _supports_quantize(input, code, group, True)
+
+
 def _supports_fake(
     input: Tensor, scales: Tensor | None, code: int, group: int, symmetric: bool
 ) -> str | None:
@@ -148,5 +166,6 @@ def _supports_fake(
 BACKENDS: dict[str, Backend] = {
     "quantize": Backend("cpu", quantize, reference.quantize_backward, _supports_quantize),
     "dequantize": Backend("cpu", dequantize, reference.dequantize_backward, _supports_dequantize),
+    "encode": Backend("cpu", encode, reference.encode_backward, _supports_encode),
     "fake_quantize": Backend("cpu", fake_quantize, fake_quantize_backward, _supports_fake),
 }

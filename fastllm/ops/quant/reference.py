@@ -32,6 +32,15 @@ def quantize(
     return _codes(ratio, code, shift), scales, zeros
 
 
+def encode(input: Tensor, scales: Tensor, code: int, group: int) -> tuple[Tensor, Tensor]:
+    """(codes, scales as they are stored): those of groups with NaN or infinity are NaN."""
+    low, high = layout.extremes(_wide(input), group)
+    good = low.isfinite() & high.isfinite()
+    stored = scales.to(layout.scales_dtype(code))
+    units, _ = _units(input, stored, group)
+    return _codes(units.nan_to_num(0.0), code, 8), torch.where(good, stored, torch.nan)
+
+
 def _scales(low: Tensor, high: Tensor, code: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scales and zeros as they are stored, from the extremes of the groups."""
     top = torch.maximum(high, -low)
@@ -154,6 +163,11 @@ def fake_quantize_backward(
 def quantize_backward(*_: object) -> None:
     """There is none: codes are integers."""
     raise RuntimeError("quantize has no gradient: fastllm.quant has fake quantization for training")
+
+
+def encode_backward(*_: object) -> None:
+    """There is none: codes are integers."""
+    raise RuntimeError("encode has no gradient: fake_quantize with scales has that of ranges")
 
 
 def dequantize_backward(*_: object) -> None:

@@ -24,6 +24,12 @@ DEQUANTIZE = Schema(
     backward_params="Tensor? grad_output, Tensor codes",
     backward_returns="()",
 )
+ENCODE = Schema(
+    params="Tensor input, Tensor scales, int code, int group",
+    returns="(Tensor, Tensor)",
+    backward_params="Tensor? grad_codes, Tensor? grad_scales, Tensor input",
+    backward_returns="()",
+)
 FAKE = Schema(
     params="Tensor input, Tensor? scales, int code, int group, bool symmetric",
     returns="Tensor",
@@ -92,6 +98,13 @@ def check_dequantize(
             raise ValueError(f"zeros: expected {describe(scales)}, found {describe(zeros)}")
 
 
+def check_encode(input: Tensor, scales: Tensor, code: int, group: int) -> None:
+    """Raises ValueError or TypeError that names the argument."""
+    if not isinstance(scales, Tensor):
+        raise TypeError(f"scales: expected a Tensor, found {type(scales).__name__}")
+    check_fake(input, scales, code, group, True)
+
+
 def check_fake(
     input: Tensor, scales: Tensor | None, code: int, group: int, symmetric: bool
 ) -> None:
@@ -122,6 +135,11 @@ def quantized(
     return codes, scales, zeros
 
 
+def encoded(input: Tensor, scales: Tensor, code: int, group: int) -> tuple[Tensor, Tensor]:
+    """codes, and scales as they are stored."""
+    return quantized(input, code, group, True)[:2]
+
+
 def dequantized(
     codes: Tensor,
     scales: Tensor,
@@ -139,6 +157,12 @@ def cost_quantize(input: Tensor, code: int, group: int, symmetric: bool) -> Cost
     """The input is read, and codes and scales are written."""
     made = sum(t.nbytes for t in quantized(input, code, group, symmetric))
     return Cost(input.nbytes + made, 0, 4 * input.numel(), 0)
+
+
+def cost_encode(input: Tensor, scales: Tensor, code: int, group: int) -> Cost:
+    """The input and the scales are read, and codes are written."""
+    made = sum(t.nbytes for t in encoded(input, scales, code, group))
+    return Cost(input.nbytes + made, 0, 3 * input.numel(), 0)
 
 
 def cost_dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, *rest: Any) -> Cost:
@@ -170,6 +194,14 @@ def fake_distances(args: tuple, results: tuple) -> tuple[Tensor]:
     unit = layout.power_of_two(torch.frexp(unit.nan_to_num(1.0))[1].clamp(-64, 512))
     signed = (made.double() - x) / unit  # its sign is chance where two codes are as near
     return ((signed + (signed.abs() - signed).detach()).float(),)
+
+
+def encode_distances(args: tuple, results: tuple) -> tuple[Tensor, ...]:
+    """The same of what codes stand for, and the scales."""
+    (input, _, code, group), (codes, scales) = args, results
+    exact, none = scales.double(), scales.new_empty(0)
+    value = reference.dequantize(codes, exact, none, code, group, input.shape[-1], torch.float64)
+    return *fake_distances((input, scales, code, group, True), (value,)), exact.float()
 
 
 def distances(args: tuple, results: tuple) -> tuple[Tensor, ...]:

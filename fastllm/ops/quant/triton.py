@@ -51,6 +51,16 @@ def dequantize(
     return out
 
 
+def encode(input: Tensor, scales: Tensor, code: int, group: int) -> tuple[Tensor, Tensor]:
+    codes, made = spec.encoded(input, scales, code, group)
+    made.copy_(scales)
+    if input.numel():
+        _kernels("quant_ranges").encode_given(
+            input.contiguous(), made.float(), codes, made, code, group, layout.TABLES.get(code)
+        )
+    return codes, made
+
+
 def fake_quantize(
     input: Tensor, scales: Tensor | None, code: int, group: int, symmetric: bool
 ) -> Tensor:
@@ -119,6 +129,12 @@ def _supports_dequantize(
     return _place(codes) or groups_fit(code, group)
 
 
+def _supports_encode(input: Tensor, scales: Tensor, code: int, group: int) -> str | None:
+    if scales.device != input.device:
+        return f"scales on {scales.device} with input on {input.device}"
+    return _supports_quantize(input, code, group, True)
+
+
 def _supports_fake(
     input: Tensor, scales: Tensor | None, code: int, group: int, symmetric: bool
 ) -> str | None:
@@ -134,6 +150,7 @@ BACKENDS: dict[str, Backend] = {
     "dequantize": Backend(
         "triton", dequantize, reference.dequantize_backward, _supports_dequantize, available
     ),
+    "encode": Backend("triton", encode, reference.encode_backward, _supports_encode, available),
     "fake_quantize": Backend(
         "triton", fake_quantize, fake_quantize_backward, _supports_fake, available
     ),

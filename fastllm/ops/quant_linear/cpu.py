@@ -115,4 +115,6 @@ def supports(input: Tensor, *rest: Any) -> str | None:
     return None
 
 
-BACKEND: Backend = Backend("cpu", quant_linear, quant_linear_backward, supports)
+BACKEND: Backend = Backend(
+    "cpu", quant_linear, quant_linear_backward, supports, fast=_C.fast_quant_linear
+)
