@@ -28,6 +28,12 @@
 
 #include "cpu/kernels/qgemm_thin.inl"
 
+#if defined(FASTLLM_TILES)
+#include "cpu/kernels/qgemm_few_tiles.inl"
+
+#include "cpu/kernels/qgemm_few.inl"
+#endif
+
 #include "cpu/kernels/qgemm_loud.inl"
 
 void multiply(const Product& p) {
@@ -38,10 +44,22 @@ void multiply(const Product& p) {
   const int threads = worth < p.threads ? int(worth) : p.threads;
   with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (p.m <= kThinTokens)
-      thin<T>(p, threads);
-    else
-      blocks<T>(p, threads);
+#if defined(FASTLLM_TILES)
+    if (few_pays<T>(p)) {
+      if (few<T>(p, threads)) return;
+      if (two_a_byte(p.w.kind) && !std::is_same_v<T, bf16>)  // the sum of terms of infinity is NaN
+        return run_blocks<Floats32, T>(p, threads);
+    }
+#endif
+    if (p.m > kPartTokens || (p.m > kThinTokens && !thin_parts_pay<T>(p)))
+      return blocks<T>(p, threads);
+    Product part = p;
+    for (i64 m = 0; m < p.m; m += kThinTokens) {
+      part.x = (const T*)p.x + m * p.x_row;
+      part.out = (T*)p.out + m * p.w.n;
+      part.m = least(kThinTokens, p.m - m);
+      thin<T>(part, threads);
+    }
   });
 }
 

@@ -88,7 +88,19 @@ struct Blocks {
         clear_behind(out, p.w.k);
       }
 #if defined(FASTLLM_DOTS)
-      else if constexpr (E::kTerms == 1) {
+      else if (p.activations != kFloat) {
+        const Scratch scratch(rows * plan.words + plan.words / 2);
+        bf16* whole = (bf16*)scratch.data();
+        int8_t* codes = (int8_t*)(scratch.data() + rows * plan.words);
+        const float* given = p.activations == kStatic ? &p.act_scale : nullptr;
+        for (i64 j = 0; j < rows; ++j) {
+          scales[panel * plan.cols + j] =
+              quantize_token(x + j * p.x_row, p.w.k, 2 * plan.words, given, codes);
+          for (i64 i = 0; i < 2 * plan.words; i += W)
+            store(whole + j * 2 * plan.words + i, to_float(bytes_as_words(codes + i)));
+        }
+        pack_pairs(whole, 2 * plan.words, rows, out);
+      } else if constexpr (E::kTerms == 1) {
         pack_pairs(x, p.x_row, rows, out);
       } else {
         const Scratch scratch(rows * plan.words);
@@ -200,7 +212,7 @@ struct Blocks {
         for (int i = 0; i < W; ++i) {
           if (token + j + i >= p.m) break;
           Vec v = block[i] * scale;
-          if (E::kInteger) v = v * set1(token_scales[j + i]);
+          if (p.activations != kFloat) v = v * set1(token_scales[j + i]);
           if (p.bias) v = v + bias;
           if (p.activation) v = activate<false>(p.activation, v).value;
           T* to = (T*)p.out + (token + j + i) * p.w.n + from + n;
@@ -300,6 +312,8 @@ void blocks(const Product& p, int threads) {
     if (many(p)) return run_many<T>(p, threads);
     if (!p.w.group && p.w.kind == kInt8 && p.w.k <= kLongestInt32)
       return run_blocks<ByteTiles, T>(p, threads);
+    if constexpr (std::is_same_v<T, bf16>)  // int8 are bf16, too
+      if (p.w.kind == kInt4) return run_blocks<Floats16, T>(p, threads);
 #endif
     return run_blocks<Integers, T>(p, threads);
   }

@@ -171,15 +171,16 @@ struct NibblesByFloats {
   }
 };
 
-// out [R][M] = R rows of the weight times M tokens.
+// out [R][M] = stretches [begin, end) of R rows of the weight times those of M tokens.
 template <int M, int R, class Dot>
-INLINE void thin_nibbles(const Weight& w, const Dot& dot, i64 row, const Dealt& x, float* out) {
+INLINE void thin_nibbles(const Weight& w, const Dot& dot, i64 row, const Dealt& x, i64 begin,
+                         i64 end, float* out) {
   const Lanes& lanes = *x.lanes;
   const i64 bytes = (w.k + 1) / 2, stretches = ceil_div(x.blocks, 4);
   Vec total[R][M], apart[R][M];
 #pragma GCC unroll 16
   for (int i = 0; i < R * M; ++i) total[i / M][i % M] = apart[i / M][i % M] = zero();
-  for (i64 s = 0; s < stretches; ++s) {
+  for (i64 s = begin; s < end; ++s) {
     Vec scales[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {

@@ -152,13 +152,23 @@ INLINE void each_row(i64 count, float* out, const F& rows) {
 }
 
 #if defined(FASTLLM_BYTE_DOTS)
-// A token alone meets four rows at a time: memory is read faster in four places than in one.
+// A token alone meets four rows at a time: memory is read faster in four places than in one. Floats
+// of more than two tokens stay in the L1 cache a part of k at a time.
 template <int M, class Dot>
 APART void dealt_rows(const Product& p, const Dealt& x, i64 from, i64 count, float* out) {
   const Dot dot(p.w.kind);
-  each_row<M, M == 1 ? 4 : 1>(count, out, [&](i64 r, auto n, float* sums) INLINE_LAMBDA {
-    thin_nibbles<M, decltype(n)::value>(p.w, dot, from + r, x, sums);
-  });
+  const i64 stretches = ceil_div(x.blocks, 4);
+  const i64 part = M > 2 && std::is_same_v<Dot, NibblesByFloats> ? 4 : stretches;
+  for (i64 s = 0; s < stretches; s += part) {
+    alignas(64) float sums[M * kThinRows];
+    each_row<M, M == 1 ? 4 : 1>(count, sums, [&](i64 r, auto n, float* rows) INLINE_LAMBDA {
+      thin_nibbles<M, decltype(n)::value>(p.w, dot, from + r, x, s, least(stretches, s + part),
+                                          rows);
+    });
+    for (i64 m = 0; m < M; ++m)
+      for (i64 r = 0; r < count; ++r)
+        out[m * kThinRows + r] = (s ? out[m * kThinRows + r] : 0.0f) + sums[m * kThinRows + r];
+  }
 }
 template <int M, int D>
 APART void dealt_bytes(const Product& p, const Dealt& x, i64 from, i64 count, float* out) {
@@ -316,4 +326,15 @@ APART void thin(const Product& p, int threads) {
     if (p.m == 4) thin_rows<4, T>(p, tokens, from, count, out);
     finish_thin<T>(p, out, from, count);
   });
+}
+
+// Whether some more tokens are best taken kThinTokens at a time: float32 by nf4 and fp4.
+constexpr i64 kPartTokens = 12;
+template <class T>
+INLINE bool thin_parts_pay([[maybe_unused]] const Product& p) {
+#if defined(FASTLLM_BYTE_DOTS)
+  return std::is_same_v<T, float> && (p.w.kind == kNf4 || p.w.kind == kFp4) && dealable(p.w);
+#else
+  return false;
+#endif
 }

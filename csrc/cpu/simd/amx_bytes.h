@@ -68,3 +68,32 @@ FASTLLM_TILES_2X2(half_tiles_2x2, _tile_dpbf16ps)
 FASTLLM_TILES_2X1(byte_tiles_2x1, _tile_dpbssd)
 FASTLLM_TILES_2X1(half_tiles_2x1, _tile_dpbf16ps)
 #undef FASTLLM_TILES_2X1
+
+// Thirty-two numbers of 16 bits; of a table the second half repeats the first.
+struct Halves {
+  __m512i v;
+};
+INLINE Halves load_halves(const void* p) { return {_mm512_loadu_si512(p)}; }
+INLINE void store_halves(void* p, Halves a) { _mm512_storeu_si512(p, a.v); }
+// Entry i of the table, for the i in the low bits of each number.
+INLINE Halves picked(Halves table, Halves i) { return {_mm512_permutexvar_epi16(i.v, table.v)}; }
+
+// 32 nibbles in the low bits of as many numbers: quarter t has elements t, t + 4, t + 8, ...
+INLINE Halves spread_nibbles(const uint8_t* p) {
+  const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+  const __m512i by = _mm512_set_epi64(0x000c000c000c000c, 0x000c000c000c000c, 0x0008000800080008,
+                                      0x0008000800080008, 0x0004000400040004, 0x0004000400040004,
+                                      0, 0);
+  return {_mm512_srlv_epi16(all, by)};
+}
+// Pairs of bf16 in their order: in that one.
+INLINE Vec in_nibble_order(Vec a) {
+  alignas(64) uint16_t order[32];
+  for (int i = 0; i < 32; ++i) order[i] = uint16_t(i % 8 * 4 + i / 8);
+  return {_mm512_castsi512_ps(
+      _mm512_permutexvar_epi16(_mm512_load_si512(order), _mm512_castps_si512(a.v)))};
+}
+// 2 W numbers as pairs of bf16: those of low, then those of high.
+INLINE Vec paired(Vec low, Vec high) {
+  return {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(high.v, low.v))};
+}

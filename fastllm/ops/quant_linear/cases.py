@@ -68,6 +68,11 @@ def _test() -> Iterator[Case]:
         yield _case((6, 64, 20), form, FP32, bias=True, values=values, tags={"adversarial"})
     for form, dtype in itertools.product(((INT4, 32, True, FLOAT), FORMATS[0]), (FP32, BF16, FP16)):
         yield _case((3, 256, 20), form, dtype, bias=False, values="outlier", tags={"adversarial"})
+        yield _case((9, 256, 20), form, dtype, bias=False, values="outlier", tags={"adversarial"})
+    for dtype in (FP32, BF16, FP16):  # more digits, of the last block a few numbers
+        yield _case((9, 300, 70), FORMATS[0], dtype, bias=True, values="loud", tags={"quick"})
+    yield _case((9, 96, 20), FORMATS[7], FP16, bias=True, values="infinite", tags={"adversarial"})
+    yield _case((200, 300, 140), FORMATS[8], BF16, bias=True, tags={"quick"})
     yield _case(
         (3, 64, 20), (INT4, 32, False, FLOAT), FP32, bias=True, values="large", tags={"quick"}
     )
