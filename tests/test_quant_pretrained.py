@@ -155,23 +155,26 @@ def test_codes_of_another_format_are_refused(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_process_that_only_loads(tmp_path):
+def test_importing_after_transformers_registers():
+    code = (
+        "import sys, transformers, fastllm\n"
+        "auto = sys.modules['transformers.quantizers.auto']\n"
+        "assert 'fastllm' in auto.AUTO_QUANTIZER_MAPPING\n"
+        "assert 'fastllm' in auto.AUTO_QUANTIZATION_CONFIG_MAPPING\n"
+        "fastllm.quant.register_transformers()"  # once more does no harm
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_fastllm_transformers_says_so(tmp_path, monkeypatch):
     model = llama()
     quantize(model, "int8")
     model.save_pretrained(tmp_path)
-    code = """
-import sys, transformers
-load = transformers.AutoModelForCausalLM.from_pretrained
-load(sys.argv[1])
-sys.stderr.write("NOW")
-import fastllm
-assert type(load(sys.argv[1]).model.layers[0].mlp.up_proj) is fastllm.quant.QuantLinear
-fastllm.quant.register_transformers()
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    without, _, known = done.stderr.partition("NOW")
-    assert "Unknown quantization type, got fastllm" in without and "MISSING" in without
-    assert "Unknown" not in known and "MISSING" not in known
+    auto = sys.modules["transformers.quantizers.auto"]
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "fastllm")
+    warned = []
+    monkeypatch.setattr(auto.logger, "warning", warned.append)
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert "Unknown quantization type, got fastllm" in warned[0]
+    assert "model.layers.0.mlp.up_proj.weight" in info["missing_keys"]
