@@ -8,6 +8,8 @@ print(handle.report()); handle.restore()
 """
 
 import importlib
+import sys
+from contextlib import suppress
 from typing import Any
 
 from fastllm.quant.config import Config as Config
@@ -42,3 +44,17 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f"fastllm.quant.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def register_transformers() -> None:
+    """Makes transformers' `from_pretrained` read models that were quantized and saved.
+
+    Needed only where fastllm was imported before transformers and nothing has been quantized.
+    Raises ImportError without transformers.
+    """
+    importlib.import_module("fastllm.quant.pretrained")
+
+
+if "transformers" in sys.modules:
+    with suppress(ImportError):  # of a version without quantizers to register
+        register_transformers()

@@ -29,6 +29,7 @@ class LazyWeight(Tensor):
     """
 
     layer: Any
+    _is_hf_initialized = True  # else transformers draws random numbers for it after loading
 
     @staticmethod
     def __new__(cls, layer: Any, like: Tensor) -> "LazyWeight":

@@ -1,5 +1,6 @@
 """fastllm.quantize: the linear layers of a model become QuantLinear, in place and reversibly."""
 
+import sys
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class Handle:
             original.put_back(module)
         self._originals.clear()
         self.modules.clear()
+        note(self.model)
 
     def free(self) -> None:
         """Drops the originals: from now on there is no way back."""
@@ -100,6 +102,9 @@ def quantize(
     report says so. Gradients flow to inputs and biases, not to codes: train adapters, or see
     fastllm.quant.prepare_qat.
 
+    A transformers model can be saved with save_pretrained and loaded with from_pretrained, where
+    fastllm is known to transformers: fastllm.quant.register_transformers.
+
     Returns a Handle: report(), restore(), free(). Quantizing again does nothing. If anything is
     raised on the way, the model is as it was. Raises TypeError or ValueError naming the argument,
     and ValueError for a weight with NaN or infinity.
@@ -129,6 +134,7 @@ def quantize(
         raise
     finally:
         bar.close()
+    note(model)
     handle._report = Report(rows, before, nbytes(model), str(config))
     if calls is not None:
         handle._report.measured = "outputs"
@@ -140,6 +146,15 @@ def quantize(
             "stayed in float, where they are faster; min_weights=0 quantizes them"
         )
     return handle
+
+
+def note(model: nn.Module) -> None:
+    """Keeps the config of a transformers model true to its layers: save_pretrained writes it."""
+    known = sys.modules.get("transformers.modeling_utils")
+    if known is not None and isinstance(model, known.PreTrainedModel):
+        from fastllm.quant import pretrained
+
+        pretrained.note(model)
 
 
 def _too_few(tokens: dict[int, int], config: Config) -> list[str]:

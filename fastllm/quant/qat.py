@@ -22,6 +22,7 @@ from fastllm.quant.config import Config, as_config
 from fastllm.quant.formats import Format
 from fastllm.quant.grid import scales_of
 from fastllm.quant.linear import ACTIVATIONS
+from fastllm.quant.models import note
 from fastllm.quant.qtensor import QTensor, check_finite, nest, unnest
 from fastllm.quant.report import Report, Row, nbytes
 
@@ -210,4 +211,5 @@ def convert_qat(model: nn.Module) -> Report:
         adopt(module, q, activations)
         row.after = nbytes(module)
         rows.append(row)
+    note(model)
     return Report(rows, before, nbytes(model), "converted")
