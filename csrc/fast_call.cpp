@@ -27,12 +27,6 @@ int64_t first_outside(const Gather&, int64_t rows);
 namespace fastllm {
 namespace {
 
-PyObject* declined() { return Py_NewRef(Py_None); }
-
-PyObject* wrong_count(int expected, Py_ssize_t found) {
-  return PyErr_Format(PyExc_TypeError, "expected %d arguments, found %zd", expected, found);
-}
-
 // Reads an argument that may be None.
 bool read_optional(PyObject* object, View& view) { return object == Py_None || view.read(object); }
 
@@ -151,16 +145,11 @@ PyObject* fast_softmax(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // ---- rows of a matrix
 
-constexpr int64_t kFewRows = 2 << 20;  // bytes: more of them need a pool's memory
-constexpr int kMostDims = 8;
-
 // Indices as the kernels read them: int64 or int32, contiguous, on the CPU.
 bool read_indices(PyObject* object, View& view, int& wide) {
-  if (!is_any_tensor(object) || !view_of(object, view.t)) return false;
-  const dlpack::Tensor& t = view.t;
-  wide = t.dtype.bits == 64;
-  return t.device.type == dlpack::kCpu && t.dtype.code == dlpack::kInt && t.dtype.bits >= 32 &&
-         view.contiguous();
+  if (!view.read_any(object)) return false;
+  wide = view.t.dtype.bits == 64;
+  return view.t.dtype.code == dlpack::kInt && view.t.dtype.bits >= 32;
 }
 
 PyObject* fast_embedding(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -175,7 +164,7 @@ PyObject* fast_embedding(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const int64_t bytes = input.numel * row_bytes, size = bytes / 4;
   embedding::Gather arguments{wide, input.data(), weight.data(), nullptr, input.numel, row_bytes,
                               row_bytes, threads_for(size)};
-  if (bytes > kFewRows || embedding::first_outside(arguments, rows) >= 0) return declined();
+  if (bytes > kUnpooled || embedding::first_outside(arguments, rows) >= 0) return declined();
   int64_t sizes[kMostDims + 1];
   const int dims = input.t.ndim;
   std::copy(input.t.shape, input.t.shape + dims, sizes);
@@ -183,14 +172,6 @@ PyObject* fast_embedding(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PyObject* made = allocate_shape(args[0], sizes, dims + 1, arguments.output);
   if (made && !launch(embedding::kernels().gather, arguments, size)) Py_CLEAR(made);
   return made;
-}
-
-template <PyObject* (*F)(PyObject*, PyObject* const*, Py_ssize_t)>
-void def_fast(py::module_& m, const char* name, const char* arguments) {
-  static PyMethodDef method{};
-  method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(F)), METH_FASTCALL,
-            arguments};
-  m.attr(name) = py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method, nullptr, nullptr));
 }
 
 }  // namespace

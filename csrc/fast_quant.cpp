@@ -11,17 +11,6 @@
 namespace fastllm {
 namespace {
 
-constexpr int64_t kSmallResult = 2 << 20;  // bytes: more of them need a pool's memory
-constexpr int kMostDims = 8;
-
-PyObject* declined() { return Py_NewRef(Py_None); }
-
-// Reads a contiguous CPU tensor of any dtype.
-bool read_any(PyObject* object, View& view) {
-  return is_any_tensor(object) && view_of(object, view.t) && view.t.device.type == dlpack::kCpu &&
-         view.t.dtype.lanes == 1 && view.contiguous();
-}
-
 // The type of scales or zeros; -1: none that the kernels read.
 int scale_type(const dlpack::DataType& type) {
   if (type.code == dlpack::kBfloat) return qgemm::kScaleBFloat16;
@@ -49,8 +38,8 @@ int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 bool read_weight(PyObject* const* args, int64_t k, int code, int64_t group, qgemm::Weight& w) {
   View codes, scales, zeros;
   const bool maybe_zeros = args[2] != Py_None;
-  if (!read_any(args[0], codes) || codes.t.ndim != 2 || codes.t.dtype.bits != 8) return false;
-  if (!read_any(args[1], scales) || (maybe_zeros && !read_any(args[2], zeros))) return false;
+  if (!codes.read_any(args[0]) || codes.t.ndim != 2 || codes.t.dtype.bits != 8) return false;
+  if (!scales.read_any(args[1]) || (maybe_zeros && !zeros.read_any(args[2]))) return false;
   if (code < qgemm::kInt8 || code > qgemm::kMxFp8 || !whole_vectors(group))
     return false;
   const bool packed = code == qgemm::kInt4 || code == qgemm::kNf4 || code == qgemm::kFp4;
@@ -68,7 +57,7 @@ bool read_weight(PyObject* const* args, int64_t k, int code, int64_t group, qgem
 }
 
 PyObject* fast_quant_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 11) return PyErr_Format(PyExc_TypeError, "expected 11 arguments, found %zd", count);
+  if (count != 11) return wrong_count(11, count);
   View x, bias;
   if (!x.read(args[0]) || x.t.ndim < 1 || x.t.ndim > kMostDims || !x.numel) return declined();
   const int64_t code = PyLong_AsLongLong(args[6]), group = PyLong_AsLongLong(args[7]);
@@ -83,7 +72,7 @@ PyObject* fast_quant_linear(PyObject*, PyObject* const* args, Py_ssize_t count) 
   qgemm::Weight w{};
   if (!read_weight(args + 1, k, int(code), group, w)) return declined();
   if (args[4] != Py_None && bias.numel != w.n) return declined();
-  if (m * w.n * (x.dtype == kFloat32 ? 4 : 2) > kSmallResult) return declined();
+  if (m * w.n * (x.dtype == kFloat32 ? 4 : 2) > kUnpooled) return declined();
 
   int64_t sizes[kMostDims];
   std::copy(x.t.shape, x.t.shape + dims, sizes);
@@ -99,13 +88,9 @@ PyObject* fast_quant_linear(PyObject*, PyObject* const* args, Py_ssize_t count) 
 }  // namespace
 
 void def_fast_quant(pybind11::module_& m) {
-  const auto function = reinterpret_cast<void (*)()>(&fast_quant_linear);
-  static PyMethodDef method{
-      "fast_quant_linear", reinterpret_cast<PyCFunction>(function), METH_FASTCALL,
-      "input, codes, scales, zeros, bias, act_scale, code, group, activations, activation, "
-      "outlier_threshold"};
-  m.attr(method.ml_name) = pybind11::reinterpret_steal<pybind11::object>(
-      PyCFunction_NewEx(&method, nullptr, nullptr));
+  def_fast<&fast_quant_linear>(m, "fast_quant_linear",
+                               "input, codes, scales, zeros, bias, act_scale, code, group, "
+                               "activations, activation, outlier_threshold");
 }
 
 }  // namespace fastllm

@@ -125,9 +125,13 @@ bool View::contiguous() {
   return true;
 }
 
+bool View::read_any(PyObject* object) {
+  return is_any_tensor(object) && view_of(object, t) && t.device.type == dlpack::kCpu &&
+         t.dtype.lanes == 1 && contiguous();
+}
+
 bool View::read(PyObject* object) {
-  if (!is_any_tensor(object) || !view_of(object, t)) return false;
-  if (t.device.type != dlpack::kCpu || t.dtype.lanes != 1) return false;
+  if (!read_any(object)) return false;
   if (t.dtype.code == dlpack::kFloat && t.dtype.bits == 32)
     dtype = kFloat32;
   else if (t.dtype.code == dlpack::kFloat && t.dtype.bits == 16)
@@ -136,7 +140,7 @@ bool View::read(PyObject* object) {
     dtype = kBFloat16;
   else
     return false;
-  return contiguous();
+  return true;
 }
 
 bool View::same_as(const View& o) const {

@@ -39,6 +39,7 @@ struct View {
   int64_t numel = 1;
 
   bool read(PyObject* object);
+  bool read_any(PyObject* object);  // of any dtype; `dtype` does not say which
   bool contiguous();  // and sets numel
   void* data() const { return static_cast<char*>(t.data) + t.byte_offset; }
   int64_t bytes() const { return numel * (dtype == kFloat32 ? 4 : 2); }
